@@ -1,0 +1,359 @@
+"""The world, the judge and the reward of the AR-CoPO miniature.
+
+    python reward.py                     retrain the shipped CLIP from nothing (minutes on a laptop's CPU)
+
+World    short 32x32 clips of one coloured shape in motion, and their prompts ("a red circle moving right").
+Judge    exact and procedural: never trained, never a reward. It plays VBench's part: it tells alignment from reward hacking.
+Reward   text alignment (TA), visual quality (VQ) and motion quality (MQ) from any open_clip model, as VideoAlign has three.
+
+Clips are float tensors [N, FRAMES, 3, SIZE, SIZE] in [0, 1]; prompts are strings. Nothing here knows about the generator.
+"""
+
+import argparse
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+
+
+class UserError(Exception):
+    """Bad input: one line that says what is wrong and what would be right. The command ends with it, exit code 2."""
+
+
+# ------------------------------------------------------------------ world
+
+SIZE, CHUNKS, CHUNK_FRAMES = 32, 4, 3
+FRAMES = CHUNKS * CHUNK_FRAMES
+BACKGROUND = torch.full((3,), 0.06)
+COLOURS = {"red": (0.95, 0.15, 0.15), "green": (0.15, 0.85, 0.2), "blue": (0.2, 0.35, 1.0),
+           "yellow": (0.95, 0.9, 0.15), "purple": (0.75, 0.2, 0.9), "cyan": (0.15, 0.85, 0.95)}
+SHAPES = ("circle", "square", "triangle", "cross")
+MOTIONS = {"moving left": (-1, 0), "moving right": (1, 0), "moving up": (0, -1), "moving down": (0, 1), "standing still": (0, 0)}
+QUALITIES = {"sharp": 0.45, "blurry": 0.20, "noisy": 0.10, "dim": 0.15, "flickering": 0.10}     # share of the training chunks
+PALETTE = torch.tensor(list(COLOURS.values())) - BACKGROUND                                     # [6, 3] above the background
+DIRECTIONS = torch.tensor(list(MOTIONS.values()), dtype=torch.float32)                          # [5, 2] x, y
+
+TRIPLES = [(c, s, m) for c in range(len(COLOURS)) for s in range(len(SHAPES)) for m in range(len(MOTIONS))]
+
+
+def prompt_of(colour: int, shape: int, motion: int) -> str:
+    return f"a {list(COLOURS)[colour]} {SHAPES[shape]} {list(MOTIONS)[motion]}"
+
+
+# The split: every fifth combination along each axis is held out, so each word, and each pair of words, is trained on with others.
+# Nothing is ever trained on a held-out combination: not the base, not the CLIP, not an adapter.
+TRAIN_PROMPTS = [prompt_of(*t) for t in TRIPLES if sum(t) % 5 != 0]          # 96
+HELD_OUT_PROMPTS = [prompt_of(*t) for t in TRIPLES if sum(t) % 5 == 0]       # 24
+
+
+def attributes(prompts: list[str]) -> Tensor:
+    """Colour, shape and motion index of each prompt: [N, 3]. Raises UserError for a prompt outside the world."""
+    known = {prompt_of(*t): t for t in TRIPLES}
+    words = {word for prompt in known for word in prompt.split()}
+    for prompt in prompts:
+        if prompt not in known:
+            unknown = [word for word in prompt.split() if word not in words]
+            raise UserError(f"prompt {prompt!r}: " + (f"unknown word {unknown[0]!r}; " if unknown else "not of the world; ")
+                            + f"it reads 'a COLOUR SHAPE MOTION' with COLOUR one of {', '.join(COLOURS)}; SHAPE one of "
+                            + f"{', '.join(SHAPES)}; MOTION one of {', '.join(MOTIONS)}")
+    return torch.tensor([known[prompt] for prompt in prompts]).reshape(-1, 3)
+
+
+def coverage(shape: Tensor, centre: Tensor, radius: Tensor) -> Tensor:
+    """Anti-aliased masks of shapes of equal area π radius².
+
+    shape [N] index, centre [N, 2] x, y and radius [N] in pixels -> [N, SIZE, SIZE] in [0, 1].
+    """
+    axis = torch.arange(SIZE, device=centre.device) + 0.5
+    x = axis[None, None, :] - centre[:, 0, None, None]
+    y = axis[None, :, None] - centre[:, 1, None, None]
+    r = radius[:, None, None]
+    box = lambda w, h: torch.maximum(x.abs() - w, y.abs() - h)
+    half, apex, arm = 0.8862 * r, 1.5551 * r, 1.1532 * r       # square's half side, triangle's circumradius, cross's half length
+    distance = torch.stack([
+        (x.square() + y.square()).sqrt() - r,
+        box(half, half),
+        torch.maximum(y - apex / 2, 0.8660 * x.abs() - 0.5 * y - apex / 2),
+        torch.minimum(box(arm, 0.36 * arm), box(0.36 * arm, arm)),
+    ], 1)                                                      # [N, 4, SIZE, SIZE] signed distance to each shape's edge
+    return (0.5 - distance[torch.arange(len(shape)), shape]).clamp(0, 1)
+
+
+def make_clips(prompts: list[str], generator: torch.Generator, quality: str | None = None) -> Tensor:
+    """Draw a clip of the world for each prompt: [N, FRAMES, 3, SIZE, SIZE] in [0, 1].
+
+    Size, speed and start are random. As scraped video, a clip is of mixed quality chunk by chunk: each chunk has a speed and a
+    drift of its own, and is sharp, blurry, noisy, dim or flickering. With `quality` given, the whole clip has that quality and
+    moves steadily: quality="sharp" is the ideal.
+    """
+    triple, n = attributes(prompts), len(prompts)
+    uniform = lambda low, high, *size: low + (high - low) * torch.rand(*size, generator=generator)
+    radius, speed = uniform(4.0, 5.5, n), uniform(0.4, 1.2, n)
+    velocity = DIRECTIONS[triple[:, 2], None] * speed[:, None, None]                            # [N, 1, 2] px a frame
+    if quality is None:
+        velocity = velocity * uniform(0.5, 1.5, n, CHUNKS, 1) + 0.25 * torch.randn(n, CHUNKS, 2, generator=generator)
+        kind = torch.multinomial(torch.tensor(list(QUALITIES.values())), n * CHUNKS, True, generator=generator).view(n, CHUNKS)
+    else:
+        velocity = velocity.expand(n, CHUNKS, 2)
+        kind = torch.full((n, CHUNKS), list(QUALITIES).index(quality))
+    path = velocity.repeat_interleave(CHUNK_FRAMES, 1).cumsum(1)                                # [N, FRAMES, 2]
+    low, high = 7 - path.amin(1), SIZE - 7 - path.amax(1)                                       # where the start keeps it in view
+    start = torch.where(low < high, low + (high - low) * uniform(0, 1, n, 2), (low + high) / 2)
+    centre = (start[:, None] + path).flatten(0, 1)
+    mask = coverage(triple[:, 1].repeat_interleave(FRAMES), centre, radius.repeat_interleave(FRAMES))
+    signal = mask[:, None] * PALETTE[triple[:, 0]].repeat_interleave(FRAMES, 0)[:, :, None, None]      # [N*FRAMES, 3, H, W]
+
+    kind = kind.repeat_interleave(CHUNK_FRAMES, 1).flatten()                                    # per frame
+    level = uniform(0, 1, n, CHUNKS).repeat_interleave(CHUNK_FRAMES, 1).flatten()               # strength, one per chunk
+    pick = lambda name: (kind == list(QUALITIES).index(name))[:, None, None, None]
+    gain = 1 - pick("dim") * (0.35 + 0.3 * level[:, None, None, None]) - pick("flickering") * uniform(0, 0.7, n * FRAMES, 1, 1, 1)
+    blurred = F.avg_pool2d(F.avg_pool2d(signal, 3, 1, 1), 3, 1, 1)
+    signal = torch.where(pick("blurry"), signal.lerp(blurred, (0.6 + 0.4 * level)[:, None, None, None]), signal) * gain
+    noise = torch.randn(signal.shape, generator=generator) * (0.08 + 0.12 * level[:, None, None, None]) * pick("noisy")
+    return (BACKGROUND[:, None, None] + signal + noise).clamp(0, 1).view(n, FRAMES, 3, SIZE, SIZE)
+
+
+# ------------------------------------------------------------------ judge
+
+def judge(clips: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+    """Measure clips [N, FRAMES, 3, SIZE, SIZE] against their prompts by exact, procedural rules; every entry is [N].
+
+    The shape is found in each frame (its coverage, relative to its own brightness), and drawn anew as the world draws it, at the
+    same place, size and colour; all scores compare with that ideal drawing.
+
+    colour, shape, motion   1 if right, else 0: nearest colour of the palette; the ideal drawing that fits best; direction of
+                            the way from first to last position ("still": less than 2 px).
+    text                    mean of the three, in [0, 1] (text alignment).
+    all_right               1 if all three are right.
+    visual                  mean over frames of 1 - |frame - ideal| / |ideal - background| (L2), cut to [0, 1]; 0 if empty.
+    motion_quality          exp(-a) · exp(-2 f) in [0, 1]: a the mean acceleration of the position (px a frame²), f the mean
+                            change of brightness from frame to frame relative to its mean; 0 if a frame is empty.
+    Detectors of collapse, not scores: area (px), displacement (px from first to last frame) and x, y (mean position, px).
+    """
+    clips, triple = clips.float(), attributes(prompts).to(clips.device)
+    n, palette = len(clips), PALETTE.to(clips.device)
+    signal = clips - BACKGROUND.to(clips.device)[:, None, None]                                 # [N, F, 3, H, W]
+    pull = torch.einsum("nfchw,nfhw->nc", signal, signal.square().sum(2))                       # strong pixels count most
+    colour = F.cosine_similarity(pull[:, None], palette, dim=-1).argmax(-1)                     # [N]
+    unit = palette[colour] / palette[colour].square().sum(-1, keepdim=True)
+    mask = torch.einsum("nfchw,nc->nfhw", signal, unit).flatten(0, 1)                           # [N*F, H, W] 1 inside the shape
+    level = mask.flatten(1).topk(24).values.mean(1)                                             # brightness of the shape itself
+    seen = level > 0.15
+    mask = mask / level.clamp_min(0.15)[:, None, None]
+    near = F.max_pool2d((mask > 0.5).float(), 3, 1, 1)                                          # the shape and its soft edge
+    weight = mask.clamp(0, 1) * near
+    area = weight.sum((1, 2))                                                                   # [N*F] px
+    axis = torch.arange(SIZE, device=clips.device) + 0.5
+    centre = torch.stack([(weight.sum(1) * axis).sum(1), (weight.sum(2) * axis).sum(1)], -1) / area.clamp_min(1)[:, None]
+    radius = (area / math.pi).sqrt()
+    ideals = torch.stack([coverage(torch.full_like(area, s, dtype=torch.long), centre, radius) for s in range(len(SHAPES))], 1)
+    error = (ideals - mask.clamp(0, 1.2)[:, None]).square().sum((2, 3)).view(n, FRAMES, -1)     # [N, F, 4]
+    shape = error.sum(1).argmin(-1)                                                             # [N]
+
+    ideal = ideals.view(n, FRAMES, len(SHAPES), SIZE, SIZE)[torch.arange(n), :, shape]          # [N, F, H, W]
+    ideal = ideal[:, :, None] * palette[colour][:, None, :, None, None]                         # [N, F, 3, H, W]
+    visual = 1 - (signal - ideal).flatten(2).norm(dim=2) / ideal.flatten(2).norm(dim=2).clamp_min(1)
+    seen, centre, area = seen.view(n, FRAMES), centre.view(n, FRAMES, 2), area.view(n, FRAMES)
+    way = centre[:, -1] - centre[:, 0]
+    axis_of = (way.abs().argmax(1, keepdim=True) == torch.arange(2, device=clips.device)) * way.sign()
+    heading = torch.where(way.norm(dim=1, keepdim=True) < 2, torch.zeros_like(way), axis_of)    # a row of DIRECTIONS
+    acceleration = (centre[:, 2:] - 2 * centre[:, 1:-1] + centre[:, :-2]).norm(dim=-1).mean(1)
+    light = area * level.view(n, FRAMES)
+    flicker = light.diff(dim=1).abs().mean(1) / light.mean(1).clamp_min(1)
+    right = {"colour": colour == triple[:, 0], "shape": shape == triple[:, 1],
+             "motion": (heading == DIRECTIONS.to(clips.device)[triple[:, 2]]).all(1)}
+    right = {name: (value & (seen.sum(1) > FRAMES // 2)).float() for name, value in right.items()}
+    right["motion"] = right["motion"] * seen[:, 0] * seen[:, -1]
+    return right | {
+        "text": (right["colour"] + right["shape"] + right["motion"]) / 3,
+        "all_right": right["colour"] * right["shape"] * right["motion"],
+        "visual": (visual.clamp(0, 1) * seen).mean(1),
+        "motion_quality": (-acceleration - 2 * flicker).exp() * seen.all(1),
+        "area": area.mean(1), "displacement": way.norm(dim=1), "x": centre[..., 0].mean(1), "y": centre[..., 1].mean(1),
+    }
+
+
+# ------------------------------------------------------------------ reward
+
+COMPONENTS = ("ta", "vq", "mq")
+WORDINGS = ("sharp", "blurry", "noisy", "dim")
+
+
+def worded(prompt: str, quality: str) -> str:
+    """'a red circle moving right' -> 'a blurry red circle moving right'."""
+    return prompt.replace("a ", f"a {quality} ", 1)
+
+
+class ClipReward:
+    """Three rewards from one open_clip model: reward(clips, prompts) -> {"ta": [N], "vq": [N], "mq": [N]}, higher is better.
+
+    ta  text alignment: mean cosine of the frames with the prompt.
+    vq  visual quality in the manner of CLIP-IQA (Wang et al. 2023): mean over frames of the probability that the frame is the
+        sharp wording of the prompt and not the blurry, noisy or dim one.
+    mq  motion quality: mean cosine of consecutive frames.
+
+    name: 'ARCH:TAG' as open_clip lists them ('ViT-B-32:laion2b_s34b_b79k', downloaded once), 'ARCH:FILE' with local weights, or a
+    folder (or a file in it) with open_clip_config.json beside open_clip_model.safetensors. Local weights must be safetensors.
+    """
+
+    def __init__(self, name: str = str(ASSETS / "clip"), device: str | torch.device = "cpu"):
+        import open_clip                                       # takes seconds: only who asks for a reward waits for it
+        architecture, _, weights = name.rpartition(":")
+        path = Path(weights)
+        if not architecture:                                   # a folder, or a file in it
+            folder = path.parent if path.is_file() else path
+            if not (folder / "open_clip_config.json").is_file():
+                raise UserError(f"--clip {name}: expected ARCH:TAG (ViT-B-32:laion2b_s34b_b79k), ARCH:FILE, or a folder with "
+                                "open_clip_config.json and open_clip_model.safetensors")
+            path, architecture, weights = folder / "open_clip_model.safetensors", f"local-dir:{folder}", None
+        elif architecture not in open_clip.list_models():
+            raise UserError(f"--clip {name}: open_clip has no model {architecture!r}; open_clip.list_models() names them")
+        elif weights not in open_clip.list_pretrained_tags_by_model(architecture) and not path.is_file():
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture))
+            raise UserError(f"--clip {name}: {weights!r} is neither a file nor one of the tags of {architecture}: {tags}")
+        if weights is None or path.is_file():                  # never through pickle
+            if path.suffix != ".safetensors" or not path.is_file():
+                raise UserError(f"--clip {name}: expected the weights in a .safetensors file, found none at {path}")
+        logging.getLogger().setLevel(logging.WARNING)
+        try:
+            self.model = open_clip.create_model(architecture, pretrained=weights, device=device, require_pretrained=True).eval()
+            self.tokenizer = open_clip.get_tokenizer(architecture)
+        except Exception as error:                             # open_clip raises a dozen kinds: missing, truncated, wrong shape
+            raise UserError(f"--clip {name}: open_clip cannot load it ({str(error).splitlines()[0]})") from error
+        self.model.requires_grad_(False)
+        self.device = torch.device(device)
+
+    @torch.no_grad()
+    def text_features(self, texts: list[str]) -> Tensor:
+        """[N] texts -> unit vectors [N, D]."""
+        return self.model.encode_text(self.tokenizer(texts).to(self.device), normalize=True).float()
+
+    @torch.no_grad()
+    def frame_features(self, frames: Tensor) -> Tensor:
+        """frames [N, 3, H, W] in [0, 1] -> unit vectors [N, D]; resized and normalised as the model was trained."""
+        visual = self.model.visual
+        size = visual.image_size if isinstance(visual.image_size, (tuple, list)) else (visual.image_size,) * 2
+        frames = frames.to(self.device, torch.float32)
+        if tuple(frames.shape[-2:]) != tuple(size):
+            frames = F.interpolate(frames, size, mode="bicubic", antialias=True).clamp(0, 1)
+        mean, std = (torch.tensor(v, device=self.device)[:, None, None] for v in (visual.image_mean, visual.image_std))
+        return self.model.encode_image((frames - mean) / std, normalize=True).float()
+
+    def __call__(self, clips: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        n = len(clips)
+        frames = self.frame_features(clips.flatten(0, 1)).view(n, clips.shape[1], -1)           # [N, F, D]
+        unique = sorted(set(prompts))
+        texts = self.text_features([t for p in unique for t in (p, *(worded(p, q) for q in WORDINGS))])
+        texts = texts.view(len(unique), 1 + len(WORDINGS), -1)[[unique.index(p) for p in prompts]]      # [N, 5, D]
+        cosine = torch.einsum("nfd,nkd->nfk", frames, texts)                                    # [N, F, 5]
+        vq = (self.model.logit_scale.exp() * cosine[..., 1:]).softmax(-1)[..., 0]
+        return {"ta": cosine[..., 0].mean(1), "vq": vq.mean(1), "mq": (frames[:, 1:] * frames[:, :-1]).sum(-1).mean(1)}
+
+
+class WeightedReward:
+    """Σ w_k z_k / Σ w_k, with z_k a component in deviations from its mean on reference clips, so that none drowns the others.
+
+    components(clips, prompts) -> {name: [N]}; a call gives {"reward": [N]} and the components as they are.
+    """
+
+    def __init__(self, components: Callable, weights: dict[str, float], clips: Tensor, prompts: list[str]):
+        self.components, self.weights = components, weights
+        self.scales = {name: (value.mean().item(), value.std().item()) for name, value in components(clips, prompts).items()}
+
+    def __call__(self, clips: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        scores = self.components(clips, prompts)
+        z = {name: (scores[name] - mean) / max(std, 1e-6) for name, (mean, std) in self.scales.items()}
+        total = sum(weight * z[name] for name, weight in self.weights.items()) / sum(self.weights.values())
+        return {"reward": total} | scores
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """'ta=1,vq=1,mq=1' -> {"ta": 1.0, "vq": 1.0, "mq": 1.0}; what is not named weighs nothing."""
+    try:
+        weights = {name.strip(): float(value) for name, value in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        weights = {}
+    if not set(weights) <= set(COMPONENTS) or not all(0 <= w < math.inf for w in weights.values()) or not any(weights.values()):
+        raise UserError(f"--reward-weights {text}: expected {','.join(c + '=1' for c in COMPONENTS)}, each >= 0 and one above 0")
+    return weights
+
+
+# ------------------------------------------------------------------ training the shipped CLIP
+
+CLIP_CONFIG = {
+    "model_cfg": {
+        "embed_dim": 64,
+        "vision_cfg": {"image_size": SIZE, "layers": [1, 1, 1, 1], "width": 16},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+    },
+    "preprocess_cfg": {"mean": [0.1] * 3, "std": [0.25] * 3},
+}
+
+
+def train_clip(out: Path, steps: int, seed: int) -> None:
+    """Train a tiny CLIP on frames and captions of the world, contrastively, and write it as open_clip reads it.
+
+    A batch holds each caption once, so that no pair is a false negative: even steps name the quality ("a dim red circle moving
+    up"), odd ones do not. The motion is in the caption, as in the prompts, though no single frame shows it.
+    """
+    import open_clip
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG, indent=1) + "\n")
+    model = open_clip.create_model(f"local-dir:{out}", load_weights=False)
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")
+    hidden = [p for name, p in model.named_parameters() if "resblocks" in name and p.ndim == 2]
+    chosen = {id(p) for p in hidden}
+    optimizers = [torch.optim.Muon(hidden, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW([p for p in model.parameters() if id(p) not in chosen], betas=(0.9, 0.98), weight_decay=0)]
+    bar = tqdm(range(steps), desc="clip", unit="step")
+    for step in bar:
+        kinds = WORDINGS if step % 2 == 0 else (None,)
+        frames, captions = [], []
+        for kind in kinds:
+            motions = torch.randint(len(MOTIONS), (len(COLOURS), len(SHAPES)), generator=generator)
+            triples = [(c, s, int(motions[c, s])) for c in range(len(COLOURS)) for s in range(len(SHAPES))]
+            prompts = [prompt_of(*t) for t in triples if sum(t) % 5 != 0]
+            clips = make_clips(prompts, generator, kind)
+            frames.append(clips[torch.arange(len(clips)), torch.randint(FRAMES, (len(clips),), generator=generator)])
+            captions += [worded(p, kind) if kind else p for p in prompts]
+        with torch.autocast("cpu", torch.bfloat16):
+            image = model.encode_image((torch.cat(frames) - 0.1) / 0.25, normalize=True)
+            text = model.encode_text(tokenizer(captions), normalize=True)
+        logits = model.logit_scale.exp() * image.float() @ text.float().T
+        target = torch.arange(len(logits))
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        model.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = 2e-3 * min(1, (step + 1) / 30, 2 * (1 - step / steps))
+            optimizer.step()
+        model.logit_scale.data.clamp_(0, math.log(100))
+        bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{(logits.argmax(1) == target).float().mean().item():.2f}")
+    save_file({k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}, out / "open_clip_model.safetensors")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Retrain the shipped CLIP from nothing.")
+    parser.add_argument("--out", type=Path, default=Path("runs/clip"), help="folder to write; use it with arcopo.py --clip FOLDER")
+    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    train_clip(args.out, args.steps, args.seed)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

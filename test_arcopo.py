@@ -1,0 +1,545 @@
+"""pytest: proofs by equivalence, on the CPU, without network; checks that need a GPU skip themselves."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import arcopo
+import reward
+from arcopo import (Adapter, Generator, Settings, clipped_objective, denoise, draw_noise, fork, group_advantages, iterate, log_policies,
+                    merge_adapters, neighbor_noise, replay, sample, save_generator, seeded, surrogate_log_policy, update)
+from reward import CHUNKS, HELD_OUT_PROMPTS, QUALITIES, TRAIN_PROMPTS, ClipReward, UserError, judge, make_clips
+
+HERE = Path(__file__).resolve().parent
+PROMPTS = TRAIN_PROMPTS[:3]
+
+
+def tiny(seed: int = 0, bf16: bool = False) -> Generator:
+    torch.manual_seed(seed)
+    model = Generator(width=32, layers=2, heads=2, bf16=bf16).requires_grad_(False)
+    nn.init.normal_(model.head.weight, std=0.1)
+    nn.init.normal_(model.patch.weight, std=0.2)               # so that the noise, not only the prompt, decides
+    return model
+
+
+def nonzero(adapter: Adapter, seed: int = 1) -> Adapter:
+    for A, B in adapter.weights.values():
+        B.data = 0.1 * torch.randn(B.shape, generator=seeded(seed))
+    return adapter
+
+
+def forked(model: Generator, pivot: int, sigma: float = 0.5, group: int = 4, seed: int = 0):
+    return fork(model, PROMPTS, pivot, group, sigma, draw_noise(model, len(PROMPTS), seeded(seed)), seeded(seed, 1))
+
+
+# ------------------------------------------------------------------ world, judge, reward
+
+def test_split_is_fixed_and_disjoint():
+    assert len(TRAIN_PROMPTS) == 96 and len(HELD_OUT_PROMPTS) == 24 and not set(TRAIN_PROMPTS) & set(HELD_OUT_PROMPTS)
+    for words in (reward.COLOURS, reward.SHAPES, reward.MOTIONS):
+        for word in words:
+            assert any(word in p for p in TRAIN_PROMPTS) and any(word in p for p in HELD_OUT_PROMPTS)
+
+
+def test_judge_is_near_perfect_on_the_sharp_world():
+    prompts = (TRAIN_PROMPTS + HELD_OUT_PROMPTS) * 2
+    scores = judge(make_clips(prompts, seeded(0), "sharp"), prompts)
+    assert scores["all_right"].mean() > 0.99
+    assert scores["visual"].min() > 0.9 and scores["visual"].mean() > 0.97
+    assert scores["motion_quality"].min() > 0.85 and scores["motion_quality"].mean() > 0.95
+
+
+def test_judge_is_low_on_the_wrong_prompt():
+    right = [reward.prompt_of(c, s, m) for c, s, m in reward.TRIPLES]
+    wrong = [reward.prompt_of((c + 1) % 6, (s + 1) % 4, (m + 1) % 5) for c, s, m in reward.TRIPLES]
+    scores = judge(make_clips(right, seeded(0), "sharp"), wrong)
+    for name in ("colour", "shape", "motion", "text", "all_right"):
+        assert scores[name].mean() < 0.02
+
+
+@pytest.mark.parametrize("quality, visual, motion", [("blurry", 0.8, 1), ("noisy", 0.5, 0.8), ("dim", 0.6, 0.95), ("flickering", 0.75, 0.6)])
+def test_judge_is_low_on_degraded_clips(quality, visual, motion):
+    scores = judge(make_clips(TRAIN_PROMPTS, seeded(0), quality), TRAIN_PROMPTS)
+    assert scores["visual"].mean() < visual and scores["motion_quality"].mean() < motion
+
+
+def test_judge_gives_nothing_for_empty_and_frozen_clips():
+    empty = judge(torch.full((2, 12, 3, 32, 32), 0.06), PROMPTS[:2])
+    assert all(empty[name].max() == 0 for name in ("text", "all_right", "visual", "motion_quality"))
+    moving = [p for p in TRAIN_PROMPTS if "moving" in p]
+    frozen = make_clips(moving, seeded(0), "sharp")[:, :1].expand(-1, 12, -1, -1, -1)
+    scores = judge(frozen, moving)
+    assert scores["motion"].max() == 0 and scores["displacement"].max() < 0.01
+
+
+def test_mixed_clips_are_mixed_chunk_by_chunk():
+    """The quality of one chunk tells nothing about the next."""
+    clips = make_clips(TRAIN_PROMPTS * 2, seeded(0))
+    light = clips.amax((2, 3, 4)).unflatten(1, (CHUNKS, -1)).mean(2)
+    assert torch.corrcoef(light.T)[0, 1:].abs().max() < 0.2 and light.std(1).mean() > 0.05
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return ClipReward()
+
+
+def test_clip_reward_prefers_the_right_prompt_the_sharp_and_the_steady(clip):
+    sharp = make_clips(TRAIN_PROMPTS, seeded(0), "sharp")
+    wrong = [reward.prompt_of((c + 1) % 6, (s + 1) % 4, m) for c, s, m in reward.attributes(TRAIN_PROMPTS).tolist()]
+    best = clip(sharp, TRAIN_PROMPTS)
+    assert (best["ta"] > clip(sharp, wrong)["ta"]).float().mean() > 0.99
+    for quality in list(QUALITIES)[1:]:
+        assert (best["vq"] > clip(make_clips(TRAIN_PROMPTS, seeded(0), quality), TRAIN_PROMPTS)["vq"]).float().mean() > 0.95
+    flickering = clip(make_clips(TRAIN_PROMPTS, seeded(0), "flickering"), TRAIN_PROMPTS)
+    assert (best["mq"] > flickering["mq"]).float().mean() > 0.95
+
+
+def test_clip_reward_is_open_clips_own_model(clip):
+    import open_clip
+    folder = HERE / "assets" / "clip"
+    model = open_clip.create_model(f"local-dir:{folder}").eval()
+    frames = make_clips(PROMPTS, seeded(0))[:, 0]
+    mean, std = (torch.tensor(v)[:, None, None] for v in (model.visual.image_mean, model.visual.image_std))
+    with torch.no_grad():
+        assert torch.allclose(model.encode_image((frames - mean) / std, normalize=True), clip.frame_features(frames))
+    for name in (str(folder), str(folder / "open_clip_model.safetensors")):
+        assert torch.equal(ClipReward(name).text_features(PROMPTS), clip.text_features(PROMPTS))
+
+
+def test_clip_reward_loads_any_architecture_with_local_weights(tmp_path):
+    """ARCH:FILE, as for a downloaded ViT; the frames are resized to what the model wants."""
+    import open_clip
+    config = reward.CLIP_CONFIG["model_cfg"] | {"vision_cfg": {"image_size": 48, "layers": 1, "width": 64, "patch_size": 16}}
+    (tmp_path / "tiny-vit.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "tiny-vit.json")
+    model = open_clip.create_model("tiny-vit")
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    scores = ClipReward(f"tiny-vit:{tmp_path / 'w.safetensors'}")(make_clips(PROMPTS, seeded(0)), PROMPTS)
+    assert set(scores) == {"ta", "vq", "mq"} and all(v.shape == (3,) and v.isfinite().all() for v in scores.values())
+
+
+def test_weighted_reward_puts_the_components_on_one_scale():
+    parts = lambda clips, prompts: {"ta": clips[:, 0], "vq": 1000 * clips[:, 1], "mq": clips[:, 2] / 1000}
+    clips = torch.randn(500, 3, generator=seeded(0))
+    weighted = reward.WeightedReward(parts, {"ta": 2.0, "vq": 1.0}, clips, [""] * 500)
+    z = (clips - clips.mean(0)) / clips.std(0)
+    assert torch.allclose(weighted(clips, [""] * 500)["reward"], (2 * z[:, 0] + z[:, 1]) / 3, atol=1e-4)
+
+
+# ------------------------------------------------------------------ model, sampler, fork
+
+def test_cached_prediction_equals_one_pass_with_the_block_causal_mask():
+    model, clean = tiny(), Generator.encode(make_clips(PROMPTS, seeded(0)))
+    full, kv = model(clean, torch.zeros(3, CHUNKS), model.begin(PROMPTS), torch.ones(CHUNKS, CHUNKS, dtype=torch.bool).tril())
+    t = torch.rand(3, CHUNKS, generator=seeded(1))
+    noisy = torch.randn(clean.shape, generator=seeded(2))
+    forced = model.predict_all(noisy, t, model.write_all(clean, PROMPTS))
+    context = model.begin(PROMPTS)
+    for p in range(CHUNKS):
+        assert torch.allclose(model.predict(clean[:, p], 0.0, context), full[:, p], atol=1e-5)
+        assert torch.allclose(model.predict(noisy[:, p], t[:, p], context), forced[:, p], atol=1e-5)
+        before = context.kv.clone()
+        longer = model.extend(context, clean[:, p])
+        assert torch.equal(context.kv, before)                 # a value: extending leaves it as it was
+        context = longer
+    assert torch.allclose(context.kv, kv, atol=1e-5)
+
+
+def test_the_future_and_the_other_rows_are_not_seen():
+    model, clean = tiny(), Generator.encode(make_clips(PROMPTS, seeded(0)))
+    a = model.predict_all(clean, torch.full((3, CHUNKS), 0.5), model.write_all(clean, PROMPTS))
+    clean[1] = 0
+    clean[:, 2] = 0
+    b = model.predict_all(clean, torch.full((3, CHUNKS), 0.5), model.write_all(clean, PROMPTS))
+    assert torch.allclose(a[::2, :2], b[::2, :2], atol=1e-6) and not torch.allclose(a[:, 3], b[:, 3], atol=1e-3)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("pivot", range(CHUNKS))
+def test_fork(pivot, bf16):
+    model = tiny(bf16=bf16)
+    branches = forked(model, pivot)
+    chunks = branches.clips.unflatten(2, (CHUNKS, -1))                                          # [G, P, L, ...]
+    assert torch.equal(chunks[:, :, :pivot], chunks[:1, :, :pivot].expand_as(chunks[:, :, :pivot]))
+    assert (chunks[1:, :, pivot] != chunks[:1, :, pivot]).any()
+    assert all(torch.equal(x, y) for x, y in zip(forked(model, pivot)[1:], branches[1:]))       # same seed, same rollout
+    assert not torch.equal(forked(model, pivot, seed=5).clips, branches.clips)
+
+
+@pytest.mark.parametrize("pivot", range(CHUNKS))
+def test_fork_without_radius_is_plain_sampling(pivot):
+    """sigma -> 0 recovers the sampler: every branch is the clip of the base noise."""
+    model = tiny()
+    clips = sample(model, PROMPTS, draw_noise(model, 3, seeded(0)))
+    assert torch.allclose(forked(model, pivot, sigma=0.0).clips, clips.expand(4, *clips.shape), atol=1e-5)
+    assert torch.allclose(forked(model, pivot, sigma=1e-7).clips, clips.expand(4, *clips.shape), atol=1e-4)
+
+
+def test_nothing_but_the_pivots_initial_noise_differs():
+    """Each branch is what plain sampling gives from the shared noise with that one tensor exchanged."""
+    model, pivot, group = tiny(), 1, 4
+    noise = draw_noise(model, 3, seeded(0))
+    neighbours = neighbor_noise(noise.initial[pivot], 0.5, group, seeded(0, 1))
+    clips = forked(model, pivot).clips
+    for i in range(group):
+        initial = noise.initial.clone()
+        initial[pivot] = neighbours[i]
+        assert torch.allclose(sample(model, PROMPTS, noise._replace(initial=initial)), clips[i], atol=1e-5)
+
+
+def test_sampler_re_noises_as_self_forcing():
+    """With a model that predicts c, every state but the first is (1 - t) c + t noise."""
+    class Constant:
+        timesteps = (1.0, 0.5, 0.25)
+        predict = staticmethod(lambda x, t, context: torch.full_like(x, 3.0))
+    initial, solver = torch.randn(2, 5), torch.randn(2, 2, 5)
+    states, predictions = denoise(Constant, None, initial, solver)
+    assert torch.equal(states[0], initial) and (predictions == 3).all()
+    for i, t in enumerate((0.5, 0.25)):
+        assert torch.allclose(states[i + 1], (1 - t) * 3 + t * solver[i])
+
+
+# ------------------------------------------------------------------ objective
+
+def test_neighbor_noise():
+    base = torch.randn(20000, generator=seeded(0))
+    for sigma in (0.1, 0.5, 1.0):
+        noise = neighbor_noise(base, sigma, 3, seeded(1))
+        assert noise.shape == (3, 20000) and (noise.std(1) - 1).abs().max() < 0.03
+        assert torch.allclose((noise * base).mean(1) / base.square().mean(), torch.tensor((1 - sigma**2) ** 0.5).expand(3), atol=0.03)
+    assert torch.equal(neighbor_noise(base, 0.0, 2), base.expand(2, -1))
+    with pytest.raises(ValueError):
+        neighbor_noise(base, 1.5, 2)
+
+
+def test_group_advantages():
+    rewards = 5 + torch.randn(7, 12, generator=seeded(0))
+    A = group_advantages(rewards)
+    assert torch.allclose(A.mean(1), torch.zeros(7), atol=1e-6) and torch.allclose(A.std(1, correction=0), torch.ones(7), atol=1e-5)
+    for p in (0.8, 2.0):
+        assert torch.allclose(group_advantages(rewards, p), A / A.abs().pow(p).sum(1, keepdim=True).pow(1 / p), atol=1e-6)
+    assert torch.allclose(group_advantages(rewards, 2.0), A / 12**0.5, atol=1e-6)
+    for value in (0.1, 1000.1):                                # exactly zero, though the mean of 0.1 is not 0.1 in float32
+        assert (group_advantages(torch.full((12,), value)) == 0).all() and (group_advantages(torch.full((12,), value), 0.8) == 0).all()
+    nearly = 0.001 * rewards
+    for p in (None, 0.8):
+        assert group_advantages(nearly, p, floor=0.1).abs().max() < 0.05 * group_advantages(rewards, p).abs().max()
+
+
+def objective(anchor, candidates, advantages, tau, old, clip):
+    return clipped_objective(surrogate_log_policy(candidates, anchor, tau) - old, advantages, clip)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_gradient_at_theta_old_is_the_closed_form(own):
+    """∂J/∂x^(θ) = 2/(Gτ) Σ A⁽ⁱ⁾ x⁽ⁱ⁾, whether or not the anchor is one of the candidates, and with or without the clip."""
+    G, tau, g = 12, 7.0, seeded(0)
+    candidates = torch.randn(G, 3, 4, 5, generator=g, dtype=torch.double)
+    anchor = (candidates[2].clone() if own else torch.randn(3, 4, 5, generator=g, dtype=torch.double)).requires_grad_()
+    A = group_advantages(torch.randn(G, generator=g, dtype=torch.double))
+    old = surrogate_log_policy(candidates, anchor, tau).detach()
+    expected = 2 / (G * tau) * torch.einsum("g,gabc->abc", A, candidates)
+    for clip in (1e-4, None):
+        gradient, = torch.autograd.grad(objective(anchor, candidates, A, tau, old, clip), anchor)
+        assert torch.allclose(gradient, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("clip", [None, 0.05, 10.0])
+def test_gradient_elsewhere_agrees_with_finite_differences(clip):
+    G, tau, g = 6, 3.0, seeded(0)
+    candidates, A = torch.randn(G, 4, generator=g, dtype=torch.double), group_advantages(torch.randn(G, generator=g, dtype=torch.double))
+    anchor = torch.randn(4, generator=g, dtype=torch.double, requires_grad=True)
+    old = surrogate_log_policy(candidates, anchor + 0.2 * torch.randn(4, generator=g, dtype=torch.double), tau).detach()
+    assert torch.autograd.gradcheck(lambda x: objective(x, candidates, A, tau, old, clip), anchor)
+
+
+def test_clip_stops_the_gradient_only_where_it_was_already_won():
+    log_ratio = torch.tensor([0.2, -0.2, 0.2, -0.2], requires_grad=True)
+    advantages = torch.tensor([1.0, -1.0, -1.0, 1.0])          # outside and favourable twice, outside and unfavourable twice
+    clipped_objective(log_ratio, advantages, 0.1).backward()
+    assert torch.equal(log_ratio.grad == 0, torch.tensor([True, True, False, False]))
+    log_ratio.grad = None
+    clipped_objective(log_ratio, advantages, None).backward()
+    assert torch.allclose(log_ratio.grad, log_ratio.exp().detach() * advantages / 4)
+
+
+def test_a_wide_clip_is_no_clip_and_eq_3_holds():
+    g = seeded(0)
+    log_ratio, A = 0.3 * torch.randn(12, generator=g), torch.randn(12, generator=g)
+    assert clipped_objective(log_ratio, A, 100.0) == clipped_objective(log_ratio, A, None)
+    terms = [min(r * a, min(max(r, 0.9), 1.1) * a) for r, a in zip(log_ratio.exp().tolist(), A.tolist())]
+    assert clipped_objective(log_ratio, A, 0.1).item() == pytest.approx(sum(terms) / 12, rel=1e-5)
+
+
+def test_a_small_step_moves_the_anchor_toward_the_advantage_weighted_sum():
+    g = seeded(0)
+    candidates, A = torch.randn(12, 50, generator=g), group_advantages(torch.randn(12, generator=g))
+    anchor = candidates[0].clone().requires_grad_()
+    old = surrogate_log_policy(candidates, anchor, 100.0).detach()
+    objective(anchor, candidates, A, 100.0, old, 1e-4).backward()
+    step, weighted = 0.01 * anchor.grad, A @ candidates
+    assert torch.cosine_similarity(step, weighted, dim=0) > 0.9999
+    moved = surrogate_log_policy(candidates, (anchor + step).detach(), 100.0) - old
+    assert (moved * A).sum() > 0                               # probability goes to where the advantage is
+
+
+def test_log_policies_are_the_plain_function_for_each_step_prompt_and_anchor():
+    branches = forked(tiny(), 1)
+    anchors = torch.tensor([3, 0])
+    x0 = torch.randn(4, 2, 3, *tiny().chunk_shape, generator=seeded(0))
+    batched = log_policies(branches, x0, 0.5)
+    assert batched.shape == (4, 3, 2, 4)
+    for t, p, b in ((0, 0, 0), (3, 2, 1), (1, 2, 0)):
+        plain = surrogate_log_policy(branches.predictions[t, :, p], x0[t, b, p], 0.5 * x0[t, b, p].numel())
+        assert torch.allclose(batched[t, p, b], plain, atol=1e-5)
+
+
+# ------------------------------------------------------------------ adapter and update
+
+def tiny_settings(**changes) -> Settings:
+    return Settings(**({"group": 4, "anchors": 2, "prompts": 2, "rank": 4, "alpha": 4.0, "clip_range": 1e-2} | changes))
+
+
+def brightness(clips, prompts):
+    return {"reward": clips.mean((1, 2, 3, 4))}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("anchors", [1, 2, 3, 4])
+def test_replay_is_the_rollout_and_the_first_ratio_is_exactly_one(bf16, anchors):
+    model = tiny(bf16=bf16)
+    adapter = nonzero(Adapter.new(model, 4, 4.0, seeded(0)))
+    settings = tiny_settings(anchors=anchors)
+    with adapter.on(model):
+        branches = forked(model, 1)
+        chosen = torch.arange(anchors)
+        assert torch.allclose(replay(model, branches, chosen), branches.predictions[:, chosen], atol=0.05 if bf16 else 1e-5)
+        advantages = group_advantages(torch.randn(3, 4, generator=seeded(0)))
+        row = update(model, branches, advantages, torch.optim.AdamW(adapter.parameters(), 1e-3), settings, seeded(0))
+    assert row["ratio_first"] == 1 and row["clip_fraction"] > 0 and row["skipped"] == 0
+
+
+def test_update_changes_only_the_adapter():
+    model = tiny()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    adapter = Adapter.new(model, 4, 4.0, seeded(0))
+    start = [p.detach().clone() for p in adapter.parameters()]
+    noise = draw_noise(model, 3, seeded(0))
+    clips = sample(model, PROMPTS, noise)
+    with adapter.on(model):
+        assert torch.equal(sample(model, PROMPTS, noise), clips)                                # B = 0: the base itself
+        iterate(model, TRAIN_PROMPTS, brightness, torch.optim.AdamW(adapter.parameters(), 1e-2), tiny_settings(), seeded(0))
+        assert not torch.equal(sample(model, PROMPTS, noise), clips)
+    assert torch.equal(sample(model, PROMPTS, noise), clips)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(start, adapter.parameters()))
+
+
+def test_merging_two_adapters_equals_applying_both(tmp_path):
+    model, noise = tiny(), draw_noise(tiny(), 3, seeded(0))
+    a, b = nonzero(Adapter.new(model, 4, 8.0, seeded(1)), 1), nonzero(Adapter.new(model, 2, 1.0, seeded(2)), 2)
+    with a.on(model), b.on(model, 0.6):
+        both = sample(model, PROMPTS, noise)
+    merge_adapters((a, 1.0), (b, 0.6)).save(tmp_path / "merged.safetensors")
+    with Adapter.load(tmp_path / "merged.safetensors", model).on(model):
+        assert torch.allclose(sample(model, PROMPTS, noise), both, atol=1e-5)
+    with a.on(model):
+        alone = sample(model, PROMPTS, noise)
+    with merge_adapters((a, 1.0), (b, 0.0)).on(model):
+        assert torch.allclose(sample(model, PROMPTS, noise), alone, atol=1e-5)
+    assert not torch.allclose(both, alone, atol=1e-2)
+
+
+def test_an_adapter_is_a_change_of_the_weights():
+    model, noise = tiny(), draw_noise(tiny(), 3, seeded(0))
+    adapter = nonzero(Adapter.new(model, 4, 8.0, seeded(1)))
+    with adapter.on(model, 0.5):
+        beside = sample(model, PROMPTS, noise)
+    for name, (A, B) in adapter.weights.items():
+        model.get_submodule(name).weight.data += 0.5 * (8.0 / 4) * (B @ A).detach()
+    assert torch.allclose(sample(model, PROMPTS, noise), beside, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_reward_skips_the_update(bad):
+    model = tiny()
+    adapter = nonzero(Adapter.new(model, 4, 4.0, seeded(0)))
+    before = [p.detach().clone() for p in adapter.parameters()]
+    broken = lambda clips, prompts: {"reward": torch.full((len(clips),), bad).index_fill(0, torch.tensor([1]), 0.0)}
+    with adapter.on(model):
+        row = iterate(model, TRAIN_PROMPTS, broken, torch.optim.AdamW(adapter.parameters(), 1e-2), tiny_settings(), seeded(0))
+    assert row["skipped"] == 2 and all(torch.equal(a, b) for a, b in zip(before, adapter.parameters()))
+
+
+def test_a_non_finite_gradient_skips_the_update():
+    model = tiny()
+    adapter = nonzero(Adapter.new(model, 4, 4.0, seeded(0)))
+    before = [p.detach().clone() for p in adapter.parameters()]
+    adapter.parameters()[0].register_hook(lambda grad: grad * float("inf"))
+    with adapter.on(model):
+        row = iterate(model, TRAIN_PROMPTS, brightness, torch.optim.AdamW(adapter.parameters(), 1e-2), tiny_settings(), seeded(0))
+    assert row["skipped"] == 2 and all(torch.equal(a, b) for a, b in zip(before, adapter.parameters()))
+
+
+def test_a_few_iterations_raise_a_simple_reward():
+    model = tiny()
+    adapter = Adapter.new(model, 4, 8.0, seeded(0))
+    optimizer, settings = torch.optim.AdamW(adapter.parameters(), 3e-3), tiny_settings(group=6, floor=1e-6)
+    prompts, noise = TRAIN_PROMPTS[:12], draw_noise(model, 12, seeded(7))
+    before = brightness(sample(model, prompts, noise), prompts)["reward"]
+    with adapter.on(model):
+        for step in range(15):
+            iterate(model, TRAIN_PROMPTS, brightness, optimizer, settings, seeded(0, step))
+        after = brightness(sample(model, prompts, noise), prompts)["reward"]
+    assert (after > before).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("bf16", [False, True])
+def test_cuda_agrees_with_the_cpu(bf16):
+    model = tiny(bf16=bf16)
+    on_cpu = forked(model, 1).clips
+    on_gpu = forked(model.cuda(), 1)
+    assert torch.allclose(on_gpu.clips.cpu(), on_cpu, atol=0.05 if bf16 else 1e-3)
+    adapter = nonzero(Adapter.new(model, 4, 4.0, seeded(0)))
+    with adapter.on(model):
+        row = iterate(model, TRAIN_PROMPTS, brightness, torch.optim.AdamW(adapter.parameters(), 1e-3), tiny_settings(), seeded(0))
+    assert row["ratio_first"] == 1
+
+
+# ------------------------------------------------------------------ the script
+
+def script(*arguments, cwd):
+    return subprocess.run([sys.executable, HERE / "arcopo.py", *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def tiny_base(tmp_path_factory):
+    file = tmp_path_factory.mktemp("base") / "base.safetensors"
+    save_generator(tiny(), file)
+    return file
+
+
+TINY = ["--group", 3, "--anchors", 2, "--prompts", 2, "--rank", 2, "--alpha", 2, "--judge-samples", 2]
+
+
+def test_script_leaves_what_it_promises_and_samples_from_it(tmp_path, tiny_base):
+    done = script("--steps", 3, "--base", tiny_base, "--out", "run", *TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "run"
+    assert {f.name for f in folder.iterdir()} == {"adapter.safetensors", "settings.json", "metrics.csv", "judged.json", "base_aligned.gif", "base_aligned.png"}
+    rows = list(csv.DictReader(open(folder / "metrics.csv")))
+    assert len(rows) == 3 and all(float(row["ratio_first"]) == 1 for row in rows)
+    assert {"step", "pivot", "reward", "ta", "vq", "mq", "ratio_first", "clip_fraction", "flat_groups", "grad_norm", "seconds"} <= set(rows[0])
+    assert json.loads((folder / "settings.json").read_text())["group"] == 3
+    assert iio.imread(folder / "base_aligned.gif").shape[0] == 12 and iio.imread(folder / "base_aligned.png").ndim == 3
+    assert all(word in done.stdout for word in ("base", "on-policy", "change", "▁")) and "ratio" not in done.stderr
+    assert script("--sample", PROMPTS[0], "--base", tiny_base, "--adapter", folder / "adapter.safetensors", "--out", "c.gif", cwd=tmp_path).returncode == 0
+    assert iio.imread(tmp_path / "c.gif").shape[0] == 12
+
+
+def test_pretraining_resumes_to_the_same_weights(tmp_path, monkeypatch):
+    """Killed in the middle of either stage, the second run ends where an unbroken one does, to the bit."""
+    few = dict(pretrain=True, teacher_steps=4, student_steps=4, batch=2, width=16, layers=1, heads=1, device="cpu", precision="fp32")
+    monkeypatch.setattr(arcopo, "SAVE_EVERY", 2)
+    arcopo.pretrain(Settings(out=str(tmp_path / "whole"), **few))
+    plain, calls = arcopo.pretrain_loss, []
+
+    def dies(*arguments):
+        calls.append(1)
+        if len(calls) in (4, 10):
+            raise KeyboardInterrupt
+        return plain(*arguments)
+    monkeypatch.setattr(arcopo, "pretrain_loss", dies)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            arcopo.pretrain(Settings(out=str(tmp_path / "broken"), **few))
+    arcopo.pretrain(Settings(out=str(tmp_path / "broken"), **few))
+    assert len(calls) == 8 + 2 + 2                             # the two that died, and the one before each that was not saved
+    for name in ("teacher", "base"):
+        a, b = (load_file(tmp_path / run / f"{name}.safetensors") for run in ("whole", "broken"))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(UserError, match="other settings"):
+        arcopo.pretrain(Settings(out=str(tmp_path / "broken"), **few | {"batch": 3}))
+
+
+def broken_files(folder: Path, tiny_base: Path) -> dict[str, Path]:
+    files = {name: folder / f"{name}.safetensors" for name in ("missing", "truncated", "other", "misshapen", "afile")}
+    files["truncated"].write_bytes(tiny_base.read_bytes()[:5000])
+    save_file({"x": torch.zeros(2)}, files["other"])
+    tensors = load_file(tiny_base)
+    tensors["head.bias"] = torch.zeros(7)
+    save_file(tensors, files["misshapen"], {"generator": json.dumps({"width": 32, "layers": 2, "heads": 2, "timesteps": [1.0, 0.5]})})
+    files["afile"].write_text("in the way")
+    return files
+
+
+BAD = [
+    (["--sample", "a pink circle moving right"], "pink"),
+    (["--sample", "circle red a"], "not of the world"),
+    (["--bogus", "3"], "--bogus"),
+    (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"), (["--lr", "x"], "--lr"), (["--seed", "-1"], "--seed"), (["--anchors", "0"], "--anchors"),
+    (["--group", "1"], "--group"), (["--group", "3"], "--anchors"), (["--sigma", "0"], "(0, 1]"), (["--sigma", "1.1"], "(0, 1]"),
+    (["--steps", "0"], "--steps"), (["--steps", "-5"], "--steps"), (["--quasi-norm", "3"], "--quasi-norm"), (["--width", "100"], "--heads"),
+    (["--precision", "fp8"], "bf16"), (["--device", "tpu9"], "--device"), (["--reward-weights", "ta=1,zz=2"], "ta=1"), (["--reward-weights", "ta=-1"], "ta=1"),
+    (["--adapter", "{missing}"], "--sample"),
+    (["--base", "{missing}"], "no such file"), (["--base", "{truncated}"], "safetensors"), (["--base", "{other}"], "not a generator"), (["--base", "{misshapen}"], "head.bias"),
+    (["--sample", PROMPTS[0], "--adapter", "{missing}"], "no such file"), (["--sample", PROMPTS[0], "--adapter", "{truncated}"], "safetensors"),
+    (["--sample", PROMPTS[0], "--adapter", "{other}"], "not an adapter"),
+    (["--out", "{afile}"], "is a file"), (["--sample", PROMPTS[0], "--out", "clip.mp4"], ".gif"), (["--pretrain", "--out", "{afile}"], "is a file"),
+    (["--clip", "{missing}"], "open_clip"), (["--clip", "NoSuch:tag"], "NoSuch"), (["--clip", "ViT-B-32:nosuchtag"], "laion2b"), (["--clip", "ViT-B-32:{afile}.pt"], "neither"),
+    (["--clip", "ViT-B-32:{other}"], "cannot load"),
+]
+
+
+@pytest.mark.parametrize("arguments, says", BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(arguments, says, tmp_path, tiny_base, capsys, monkeypatch):
+    files = broken_files(tmp_path, tiny_base)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    arguments = [a.format(**files) for a in arguments]
+    if "--base" not in arguments:
+        arguments += ["--base", str(tiny_base)]
+    assert arcopo.main(arguments) == 2
+    out, error = capsys.readouterr()
+    assert error.count("\n") == 1 and error.startswith("arcopo: ") and says in error and not out
+    assert sorted(tmp_path.rglob("*")) == before and files["afile"].read_text() == "in the way"
+
+
+def test_weights_never_load_through_pickle(tmp_path, tiny_base):
+    torch.save(load_file(tiny_base), tmp_path / "base.pt")
+    with pytest.raises(UserError, match="safetensors"):
+        arcopo.load_generator(tmp_path / "base.pt")
+    with pytest.raises(UserError, match="safetensors"):
+        ClipReward(f"ViT-B-32:{tmp_path / 'base.pt'}")
+    assert "torch.load" not in (HERE / "arcopo.py").read_text() + (HERE / "reward.py").read_text()
+
+
+# ------------------------------------------------------------------ README and help
+
+def test_readme_names_what_exists():
+    """The names in the README's table of symbols are in the code; its commands use settings that exist."""
+    readme = (HERE / "README.md").read_text()
+    rows = [line for line in readme.splitlines() if line.startswith("|") and "Eq." in line or "Alg." in line]
+    names = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[-2])}
+    assert len(names) > 10 and all(hasattr(arcopo, name) for name in names), names
+    known = {"--" + name.replace("_", "-") for name in Settings.__dataclass_fields__} | {"--help"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) <= known
+
+
+def test_help_tells_every_setting_and_the_papers_value(capsys):
+    with pytest.raises(SystemExit):
+        arcopo.parse(["--help"])
+    text = capsys.readouterr().out
+    assert all("--" + name.replace("_", "-") in text for name in Settings.__dataclass_fields__) and "(paper: 12)" in text
