@@ -497,30 +497,27 @@ def update(model: Generator, branches: Fork, advantages: Tensor, optimizer: torc
     """Algorithm 1, lines 8 and 9: a few steps up J on the pivot chunk only. advantages [P, G] -> diagnostics."""
     parameters = [p for parameters in optimizer.param_groups for p in parameters["params"]]
     anchors = torch.randperm(settings.group, generator=generator)[: settings.anchors]
-    old, clipped, norms, skipped = None, [], [], 0
+    old, ratios, norms, skipped = None, [], [], 0
     for _ in range(settings.updates):
-        x0 = replay(model, branches, anchors)                                                       # line 8
+        x0 = replay(model, branches, anchors)                                                   # line 8
         log_policy = log_policies(branches, x0, settings.tau)
         if old is None:
-            # π_old from this very replay, not from the rollout: the rollout ran another batch size, and in bf16, on some devices,
-            # rounded otherwise. Of the same tensor the ratio is exp(0), exactly 1, and the gradient the same.
-            old, replay_error = log_policy.detach(), (x0 - branches.predictions[:, anchors]).abs().max()
+            # π_old from this very replay and not from the rollout, which ran another batch size and, in bf16 on some devices, is
+            # rounded otherwise: the first ratio is exp(x - x), exactly 1, and its gradient is that of log π_θ all the same.
+            old, replay_error = log_policy.detach(), (x0.detach() - branches.predictions[:, anchors]).abs().max()
         log_ratio = log_policy - old
         J = clipped_objective(log_ratio, advantages[:, None], settings.clip_range)
         optimizer.zero_grad()
         (-J).backward()                                                                         # line 9
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        ratio = log_ratio.detach().exp()
-        clipped.append(((ratio - 1).abs() > settings.clip_range).float().mean())
-        norms.append(norm)
-        if len(norms) == 1:
-            first = ratio.mean()
-        if torch.isfinite(J) and torch.isfinite(norm):
+        ratios.append(log_ratio.detach().exp())
+        norms.append(nn.utils.get_total_norm([p.grad for p in parameters]))
+        if torch.isfinite(J) and torch.isfinite(norms[-1]):
             optimizer.step()
         else:
             skipped += 1
-    return {"ratio_first": first.item(), "replay_error": replay_error.item(), "clip_fraction": clipped[-1].item(),
-            "grad_norm": torch.stack(norms).mean().item(), "skipped": skipped}
+    clipped = ((ratios[-1] - 1).abs() > settings.clip_range).float().mean()
+    return {"ratio_first": ratios[0].mean().item(), "clip_fraction": clipped.item(), "grad_norm": torch.stack(norms).mean().item(),
+            "replay_error": replay_error.item(), "skipped": skipped}
 
 
 def iterate(model: Generator, prompts: list[str], reward: Callable, optimizer: torch.optim.Optimizer, settings: Settings,
@@ -550,7 +547,8 @@ def align(model: Generator, reward: Callable, settings: Settings, folder: Path) 
     with adapter.on(model), open(folder / "metrics.csv", "w", newline="") as file:
         bar = tqdm(range(settings.steps), desc="on-policy", unit="it")
         for step in bar:
-            row = {"step": step + 1} | iterate(model, TRAIN_PROMPTS, reward, optimizer, settings, seeded(settings.seed, TRAINING, step))
+            generator = seeded(settings.seed, TRAINING, step)
+            row = {"step": step + 1} | iterate(model, TRAIN_PROMPTS, reward, optimizer, settings, generator)
             if not rows:
                 writer = csv.DictWriter(file, row)
                 writer.writeheader()
@@ -638,11 +636,11 @@ def fit(stage: str, model: Generator, teacher: Generator | None, steps: int, lr:
     optimizers = [torch.optim.Muon(hidden, lr, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW([p for p in model.parameters() if id(p) not in chosen], lr, (0.9, 0.98), weight_decay=0)]
     checkpoint, start = folder / f"{stage}.checkpoint.safetensors", 0
-    described = json.dumps({name: getattr(settings, name) for name in ("seed", "batch", "width", "layers", "heads")} | {"steps": steps})
+    described = json.dumps({n: getattr(settings, n) for n in ("seed", "batch", "width", "layers", "heads")} | {"steps": steps})
     if checkpoint.is_file():
         tensors, metadata = read_weights(checkpoint, "--out")
         if metadata.get("settings") != described:
-            raise UserError(f"--out {folder}: holds a pre-training with other settings ({metadata.get('settings')}); choose another")
+            raise UserError(f"--out {folder}: holds a pre-training with other settings ({metadata.get('settings')}); name another")
         start = int(metadata["step"])
         model.load_state_dict({name[6:]: t for name, t in tensors.items() if name.startswith("model.")})
         for i, optimizer in enumerate(optimizers):
@@ -691,8 +689,8 @@ def pretrain(settings: Settings) -> None:
 
 # ------------------------------------------------------------------ evaluation
 
-COLUMNS = {"reward": "reward", "ta": "TA", "vq": "VQ", "mq": "MQ", "all_right": "all right", "text": "text", "visual": "visual",
-           "motion_quality": "motion q.", "area": "area", "displacement": "displ.", "spread": "spread"}
+COLUMNS = {"reward": "reward", "ta": "TA", "vq": "VQ", "mq": "MQ", "all_right": "right", "text": "text", "visual": "visual",
+           "motion_quality": "motion", "area": "area", "displacement": "displ.", "spread": "spread"}
 
 
 @torch.no_grad()
@@ -716,14 +714,15 @@ def evaluate(clips: Tensor, prompts: list[str], reward: Callable) -> dict[str, T
 
 def table(results: dict[str, dict[str, Tensor]]) -> str:
     """Means by model, and the mean change from the first model with the standard error of the paired differences."""
-    lines = [" " * 12 + "".join(f"{title:>11}" for title in COLUMNS.values())]
+    lines = [" " * 10 + f"{'reward model (open_clip)':>36} {'judge, in [0, 1]':>36} {'collapse, px':>27}",
+             " " * 10 + "".join(f"{title:>9}" for title in COLUMNS.values())]
     first = next(iter(results.values()))
     for name, scores in results.items():
-        lines.append(f"{name:<12}" + "".join(f"{scores[c].mean().item():>11.3f}" for c in COLUMNS))
+        lines.append(f"{name:<10}" + "".join(f"{scores[c].mean().item():>9.3f}" for c in COLUMNS))
     for name, scores in list(results.items())[1:]:
         change = {c: scores[c] - first[c] for c in COLUMNS}
-        lines.append(f"{'  change':<12}" + "".join(f"{d.mean().item():>+11.3f}" for d in change.values()))
-        lines.append(f"{'  ± s.e.':<12}" + "".join(f"{d.std().item() / len(d) ** 0.5:>11.3f}" for d in change.values()))
+        lines.append(f"{'  change':<10}" + "".join(f"{d.mean().item():>+9.3f}" for d in change.values()))
+        lines.append(f"{'  ± s.e.':<10}" + "".join(f"{d.std().item() / len(d) ** 0.5:>9.3f}" for d in change.values()))
     return "\n".join(lines)
 
 
@@ -767,7 +766,8 @@ def run_alignment(settings: Settings) -> None:
     reference = sample_batches(model, TRAIN_PROMPTS, seeded(0, CALIBRATION))
     reward = WeightedReward(clip, weights, reference, TRAIN_PROMPTS)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "settings.json").write_text(json.dumps(dataclasses.asdict(settings) | {"reward_scales": reward.scales}, indent=1) + "\n")
+    record = dataclasses.asdict(settings) | {"reward_scales": reward.scales}
+    (folder / "settings.json").write_text(json.dumps(record, indent=1) + "\n")
 
     adapter, rows = align(model, reward, settings, folder)
     prompts = [prompt for prompt in HELD_OUT_PROMPTS for _ in range(settings.judge_samples)]
@@ -780,15 +780,18 @@ def run_alignment(settings: Settings) -> None:
     save_filmstrip(torch.stack(shown, 1), folder / "base_aligned.png")
     means = {name: {column: value.mean().item() for column, value in scores.items()} for name, scores in results.items()}
     (folder / "judged.json").write_text(json.dumps(means, indent=1) + "\n")
-    print(f"\n{len(prompts)} clips of {len(HELD_OUT_PROMPTS)} held-out prompts, the same noise for both models; the reward in "
-          f"deviations of the base's:\n\n{table(results)}\n\n"
-          f"reward, iteration 1 to {settings.steps}: {sparkline([row['reward'] for row in rows])}  "
-          f"({mean(row['seconds'] for row in rows):.2f} s an iteration)\n"
-          f"its deviation inside a group, by pivot chunk: "
-          + "  ".join(f"{p}: {mean(row['deviation'] for row in rows if row['pivot'] == p):.3f}" for p in sorted({row["pivot"] for row in rows}))
-          + f"\nshare of clipped ratios {mean(row['clip_fraction'] for row in rows):.0%}, of flat groups "
-          f"{mean(row['flat_groups'] for row in rows):.0%}; updates skipped as not finite: {sum(row['skipped'] for row in rows)}\n"
-          f"in {folder}: adapter.safetensors settings.json metrics.csv judged.json base_aligned.gif base_aligned.png")
+    by_pivot = {p: mean(row["deviation"] for row in rows if row["pivot"] == p) for p in sorted({row["pivot"] for row in rows})}
+    print(f"""
+{len(prompts)} clips of {len(HELD_OUT_PROMPTS)} held-out prompts, the same noise for both models; the reward in deviations of the base's:
+
+{table(results)}
+
+reward by iteration   {sparkline([row["reward"] for row in rows])}
+deviation in a group  {", ".join(f"{d:.3f} (chunk {p})" for p, d in by_pivot.items())}
+clipped ratios        {mean(row["clip_fraction"] for row in rows):.0%}; flat groups {mean(row["flat_groups"] for row in rows):.0%}; \
+updates skipped as not finite {sum(row["skipped"] for row in rows)}
+time                  {mean(row["seconds"] for row in rows):.2f} s an iteration on {settings.device}
+run folder            {folder}: {" ".join(sorted(file.name for file in folder.iterdir()))}""")
 
 
 def run_sample(settings: Settings) -> None:
@@ -824,7 +827,8 @@ def parse(arguments: list[str] | None = None) -> Settings:
         section = sections[m["section"]]
         default = str(f.default).replace(str(ASSETS), ASSETS.name)
         about = m["text"] + ("" if default in ("", "False") else f" [{default}]") + (f" (paper: {m['paper']})" if m["paper"] else "")
-        kind = {"type": f.type, "metavar": {int: "N", float: "X", str: "TEXT"}.get(f.type)} if f.type is not bool else {"action": "store_true"}
+        kind = {"type": f.type, "metavar": {int: "N", float: "X", str: "TEXT"}.get(f.type)}
+        kind = {"action": "store_true"} if f.type is bool else kind
         section.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=about.replace("%", "%%"), **kind)
     return Settings(**vars(parser.parse_args(arguments)))
 

@@ -348,7 +348,7 @@ def train_clip(out: Path, steps: int, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Retrain the shipped CLIP from nothing.")
     parser.add_argument("--out", type=Path, default=Path("runs/clip"), help="folder to write; use it with arcopo.py --clip FOLDER")
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     train_clip(args.out, args.steps, args.seed)
