@@ -198,8 +198,8 @@ class ClipReward:
     """Three rewards from one open_clip model: reward(clips, prompts) -> {"ta": [N], "vq": [N], "mq": [N]}, higher is better.
 
     ta  text alignment: mean cosine of the frames with the prompt.
-    vq  visual quality in the manner of CLIP-IQA (Wang et al. 2023): mean over frames of the probability that the frame is the
-        sharp wording of the prompt and not the blurry, noisy or dim one.
+    vq  visual quality in the manner of CLIP-IQA (Wang et al. 2023): the probability of the sharp wording of the prompt against its
+        opposite, mean over three opposites (blurry, noisy, dim) and over frames.
     mq  motion quality: mean cosine of consecutive frames.
 
     name: 'ARCH:TAG' as open_clip lists them ('ViT-B-32:laion2b_s34b_b79k', downloaded once), 'ARCH:FILE' with local weights, or a
@@ -256,7 +256,7 @@ class ClipReward:
         texts = self.text_features([t for p in unique for t in (p, *(worded(p, q) for q in WORDINGS))])
         texts = texts.view(len(unique), 1 + len(WORDINGS), -1)[[unique.index(p) for p in prompts]]      # [N, 5, D]
         cosine = torch.einsum("nfd,nkd->nfk", frames, texts)                                    # [N, F, 5]
-        vq = (self.model.logit_scale.exp() * cosine[..., 1:]).softmax(-1)[..., 0]
+        vq = (self.model.logit_scale.exp() * (cosine[..., 1:2] - cosine[..., 2:])).sigmoid().mean(-1)     # softmax of each pair
         return {"ta": cosine[..., 0].mean(1), "vq": vq.mean(1), "mq": (frames[:, 1:] * frames[:, :-1]).sum(-1).mean(1)}
 
 
@@ -304,7 +304,8 @@ def train_clip(out: Path, steps: int, seed: int) -> None:
     """Train a tiny CLIP on frames and captions of the world, contrastively, and write it as open_clip reads it.
 
     A batch holds each caption once, so that no pair is a false negative: even steps name the quality ("a dim red circle moving
-    up"), odd ones do not. The motion is in the caption, as in the prompts, though no single frame shows it.
+    up"), odd ones do not. The motion is in the caption, as in the prompts, though no single frame shows it. Frames are slightly
+    brightened or darkened and lightly noised, so that "sharp" does not mean drawn without a trace of error.
     """
     import open_clip
     torch.manual_seed(seed)
@@ -328,8 +329,11 @@ def train_clip(out: Path, steps: int, seed: int) -> None:
             clips = make_clips(prompts, generator, kind)
             frames.append(clips[torch.arange(len(clips)), torch.randint(FRAMES, (len(clips),), generator=generator)])
             captions += [worded(p, kind) if kind else p for p in prompts]
+        images = torch.cat(frames)
+        gain, sigma = torch.rand(2, len(images), 1, 1, 1, generator=generator) * torch.tensor([0.2, 0.05])[:, None, None, None, None]
+        images = (images * (0.9 + gain) + sigma * torch.randn(images.shape, generator=generator)).clamp(0, 1)
         with torch.autocast("cpu", torch.bfloat16):
-            image = model.encode_image((torch.cat(frames) - 0.1) / 0.25, normalize=True)
+            image = model.encode_image((images - 0.1) / 0.25, normalize=True)
             text = model.encode_text(tokenizer(captions), normalize=True)
         logits = model.logit_scale.exp() * image.float() @ text.float().T
         target = torch.arange(len(logits))
