@@ -94,7 +94,7 @@ class Settings:
     quasi_norm: float = setting(0.0, "AR-CoPO", "p of the quasi-norm of the advantages; 0: plain deviation", "0.8 in Neighbor GRPO",
                                 ("in [0, 2]", lambda v: 0 <= v <= 2))
     floor: float = setting(0.02, "AR-CoPO", "least deviation of a group's rewards; below it, it counts as flat", "", POSITIVE)
-    lr: float = setting(1e-4, "AR-CoPO", "learning rate of AdamW", "1e-5", POSITIVE)
+    lr: float = setting(2e-5, "AR-CoPO", "learning rate of AdamW", "1e-5", POSITIVE)
     rank: int = setting(16, "AR-CoPO", "rank r of the LoRA adapter", "64", COUNT)
     alpha: float = setting(32.0, "AR-CoPO", "α of the LoRA adapter, which is scaled by α/r", "128", POSITIVE)
 
