@@ -8,7 +8,7 @@ He et al., AR-CoPO: Align Autoregressive Video Generation with Contrastive Polic
 built on He et al., Neighbor GRPO, arXiv 2511.16955; the generator is a miniature of Self Forcing's, arXiv 2506.08009.
 
 Symbol          in the paper    here
-L, p            Sec. 3.2        model.chunks, pivot (counted from 0)
+L, p            Sec. 3.2        model.chunks, pivot (from 0; from 1 in what is printed)
 T, t            Sec. 3.2        model.timesteps, one of them
 F_θ(x_t, h, t)  Eq. 4           model.predict(x_t, t, context)
 h_{p-1}         Alg. 1          Context
@@ -26,6 +26,9 @@ How this departs from the paper:
 2. The P prompts of an iteration share the pivot and the indices of the anchors, so that all of them run as one batch.
 3. d is the plain sum of squares; tau is given for one element and multiplied by their number, so that it does not depend on size.
 4. The three rewards are put on one scale by their mean and deviation on the base's own clips before they are weighted and added.
+5. π_old is that of the first replay, not of the rollout (see update); σ_r has a floor, so that a nearly flat group moves little.
+6. The same anchors serve all updates of an iteration; J is averaged over anchors, steps and prompts.
+7. The base is distilled from its teacher on real past chunks, where Self Forcing trains on its own rollouts.
 
 In shapes: T steps, L chunks, P prompts, G branches of a group, B anchors, N rows of a batch; x_t is [N, frames, 3, height, width].
 """
@@ -53,8 +56,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from reward import (ASSETS, CHUNK_FRAMES, CHUNKS, COLOURS, HELD_OUT_PROMPTS, MOTIONS, SHAPES, SIZE, TRAIN_PROMPTS, ClipReward,
-                    UserError, WeightedReward, attributes, judge, make_clips, parse_weights)
+from reward import (ASSETS, CHUNK_FRAMES, CHUNKS, COLOURS, HELD_OUT_PROMPTS, MOTIONS, SHAPES, SIZE, TRAIN_PROMPTS, ClipReward, Parser,
+                    UserError, WeightedReward, attributes, check_folder, judge, make_clips, muon_and_adamw, one_line, parse_weights,
+                    step_with)
 
 
 # ------------------------------------------------------------------ settings
@@ -92,7 +96,7 @@ class Settings:
     clip_range: float = setting(1e-4, "AR-CoPO", "ε of the ratio clip (Eq. 3)", "1e-4", POSITIVE)
     tau: float = setting(0.03, "AR-CoPO", "temperature τ₀ for each element of a chunk (Eq. 5)", "", POSITIVE)
     quasi_norm: float = setting(0.0, "AR-CoPO", "p of the quasi-norm of the advantages; 0: plain deviation", "0.8 in Neighbor GRPO",
-                                ("in [0, 2]", lambda v: 0 <= v <= 2))
+                                ("0 or in [0.1, 2]", lambda v: v == 0 or 0.1 <= v <= 2))
     floor: float = setting(0.02, "AR-CoPO", "least deviation of a group's rewards; below it, it counts as flat", "", POSITIVE)
     lr: float = setting(2e-5, "AR-CoPO", "learning rate of AdamW", "1e-5", POSITIVE)
     rank: int = setting(16, "AR-CoPO", "rank r of the LoRA adapter", "64", COUNT)
@@ -117,6 +121,8 @@ class Settings:
                 raise UserError(f"--{f.name.replace('_', '-')} {getattr(self, f.name)}: must be {rule}")
         if self.adapter and not self.sample:
             raise UserError(f"--adapter {self.adapter}: goes with --sample")
+        if self.pretrain and self.sample:
+            raise UserError("--pretrain and --sample: name one of them")
         if self.anchors > self.group:
             raise UserError(f"--anchors {self.anchors}: must be at most --group, which is {self.group}")
         if self.width % self.heads:
@@ -130,7 +136,7 @@ def seeded(seed: int, *stream: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-ADAPTER, TRAINING, CALIBRATION, JUDGING, SAMPLING = range(1, 6)      # streams of random numbers; pre-training has none of these
+ADAPTER, TRAINING, CALIBRATION, JUDGING, SAMPLING = range(1, 6)      # streams of random numbers: no draw of one moves another
 
 
 # ------------------------------------------------------------------ model
@@ -169,7 +175,7 @@ class Block(nn.Module):
         q, k = (F.rms_norm(z, z.shape[-1:]).to(v.dtype) for z in (q, k))
         new = torch.stack([k, v])                                                               # [2, N, heads, C*K, D]
         k, v = torch.cat([past.to(v.dtype), new], 3)
-        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5       # plain: on a CPU faster than scaled_dot_product_attention
         if mask is not None:
             scores = scores + mask.to(scores.dtype)
         y = (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).reshape(N, C, K, W)
@@ -238,7 +244,7 @@ class Generator(nn.Module):
 
         visible [C, past + C]: which chunk sees which (None: all). first: the place of x[:, 0] in the clip (None: after the context).
         """
-        N, C, P = *x.shape[:2], SIZE // PATCH
+        N, C, side = *x.shape[:2], SIZE // PATCH
         first = context.kv.shape[4] // self.tokens if first is None else first
         mask = None
         if visible is not None:
@@ -249,15 +255,15 @@ class Generator(nn.Module):
             angle = 1000 * t[..., None] * frequency
             condition = self.time(torch.cat([angle.cos(), angle.sin()], -1)) + context.words[:, None]           # [N, C, W]
             modulation = self.modulation(condition).view(N, C, 6, self.width)
-            y = x.reshape(N, C, CHUNK_FRAMES, 3, P, PATCH, P, PATCH).permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(N, C, self.tokens, -1)
-            y = self.patch(y) + self.position[first : first + C] + context.words[:, None, None]                 # [N, C, K, W]
+            y = x.reshape(N, C, CHUNK_FRAMES, 3, side, PATCH, side, PATCH).permute(0, 1, 2, 4, 6, 3, 5, 7)
+            y = self.patch(y.reshape(N, C, self.tokens, -1)) + self.position[first : first + C] + context.words[:, None, None]                 # [N, C, K, W]
             kv = []
             for block, past in zip(self.blocks, context.kv):
                 y, new = block(y, modulation, past, mask)
                 kv.append(new)
             shift, scale = (condition[:, :, None] + self.table)[:, :, :, None].unbind(2)
             y = self.head(F.layer_norm(y, (self.width,)) * (1 + scale) + shift).float()
-        y = y.view(N, C, CHUNK_FRAMES, P, P, 3, PATCH, PATCH).permute(0, 1, 2, 5, 3, 6, 4, 7)
+        y = y.view(N, C, CHUNK_FRAMES, side, side, 3, PATCH, PATCH).permute(0, 1, 2, 5, 3, 6, 4, 7)
         return y.reshape(x.shape), torch.stack(kv)
 
     def write_all(self, clean: Tensor, prompts: list[str]) -> Context:
@@ -378,7 +384,7 @@ def group_advantages(rewards: Tensor, p: float | None = None, floor: float = 1e-
     deviation = centred.square().mean(-1, keepdim=True).sqrt()
     if p is None:
         return centred / deviation.clamp_min(floor)
-    norm = centred.abs().pow(p).sum(-1, keepdim=True).pow(1 / p)      # does not feel the scale of A, so the floor acts apart
+    norm = centred.abs().pow(p).sum(-1, keepdim=True).pow(1 / p)      # the same for any scale of A: so the floor acts apart
     return centred / norm.clamp_min(1e-30) * (deviation / floor).clamp_max(1)
 
 
@@ -450,15 +456,18 @@ class Adapter:
         """Raises UserError for a file that is missing, broken or made for another model."""
         tensors, metadata = read_weights(file, "--adapter")
         try:
-            fits = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-            weights = {name: tuple(tensors[f"{name}.lora_{x}.weight"].to(layer.weight.device) for x in "AB")
-                       for name, layer in fits.items()}
-            for name, (A, B) in weights.items():
-                if (B.shape[0], A.shape[1]) != tuple(fits[name].weight.shape) or A.shape[0] != B.shape[1]:
-                    raise ValueError(f"{name} is {tuple(B.shape)} x {tuple(A.shape)}, the layer {tuple(fits[name].weight.shape)}")
+            weights, ranks = {}, set()
+            for name, layer in ((n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)):
+                A, B = (tensors[f"{name}.lora_{x}.weight"].to(layer.weight) for x in "AB")
+                if (B @ A).shape != layer.weight.shape:
+                    raise ValueError(f"{name}: B A is {tuple((B @ A).shape)}, the layer {tuple(layer.weight.shape)}")
+                weights[name] = A, B
+                ranks.add(len(A))
+            if len(ranks) != 1 or 0 in ranks:
+                raise ValueError(f"its ranks are {sorted(ranks)}, not one")
             return cls(weights, float(metadata["alpha"]))
-        except (KeyError, ValueError) as error:
-            raise UserError(f"--adapter {file}: not an adapter of this base ({error})") from error
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(f"--adapter {file}: not an adapter of this base ({one_line(error)})") from error
 
 
 def merge_adapters(*terms: tuple[Adapter, float]) -> Adapter:
@@ -494,7 +503,11 @@ def log_policies(branches: Fork, x0: Tensor, tau: float) -> Tensor:
 
 def update(model: Generator, branches: Fork, advantages: Tensor, optimizer: torch.optim.Optimizer, settings: Settings,
            generator: torch.Generator) -> dict:
-    """Algorithm 1, lines 8 and 9: a few steps up J on the pivot chunk only. advantages [P, G] -> diagnostics."""
+    """Algorithm 1, lines 8 and 9: a few steps up J on the pivot chunk only. advantages [P, G] -> diagnostics:
+
+    ratio_first (mean at the first update: 1), clip_fraction (terms whose gradient the clip stops, at the last update), grad_norm
+    (mean over updates), replay_error (largest difference of replay and rollout before any update), skipped (non-finite updates).
+    """
     parameters = [p for parameters in optimizer.param_groups for p in parameters["params"]]
     anchors = torch.randperm(settings.group, generator=generator)[: settings.anchors]
     old, ratios, norms, skipped = None, [], [], 0
@@ -515,14 +528,15 @@ def update(model: Generator, branches: Fork, advantages: Tensor, optimizer: torc
             optimizer.step()
         else:
             skipped += 1
-    clipped = ((ratios[-1] - 1).abs() > settings.clip_range).float().mean()
+    clipped = ((ratios[-1] - 1) * advantages[:, None].sign() > settings.clip_range).float().mean()
     return {"ratio_first": ratios[0].mean().item(), "clip_fraction": clipped.item(), "grad_norm": torch.stack(norms).mean().item(),
             "replay_error": replay_error.item(), "skipped": skipped}
 
 
 def iterate(model: Generator, prompts: list[str], reward: Callable, optimizer: torch.optim.Optimizer, settings: Settings,
             generator: torch.Generator) -> dict:
-    """One iteration of Algorithm 1 for P prompts -> a row of metrics.
+    """One iteration of Algorithm 1 for P prompts -> a row of metrics: the pivot (from 1), means of reward and components, deviation
+    (of the reward inside a group), flat_groups (share of them with a deviation below the floor), update's diagnostics, seconds.
 
     reward(clips [N, FRAMES, 3, SIZE, SIZE], prompts) -> {"reward": [N], any components: [N]}.
     """
@@ -537,6 +551,10 @@ def iterate(model: Generator, prompts: list[str], reward: Callable, optimizer: t
     row = {"pivot": pivot + 1} | {name: value.mean().item() for name, value in scores.items()}
     row |= {"deviation": deviation.mean().item(), "flat_groups": (deviation < settings.floor).float().mean().item()}
     return row | update(model, branches, advantages, optimizer, settings, generator) | {"seconds": time.perf_counter() - began}
+
+
+def mean_of(rows: list[dict], column: str) -> float:
+    return mean([row[column] for row in rows if math.isfinite(row[column])] or [math.nan])
 
 
 def align(model: Generator, reward: Callable, settings: Settings, folder: Path) -> tuple[Adapter, list[dict]]:
@@ -556,7 +574,7 @@ def align(model: Generator, reward: Callable, settings: Settings, folder: Path) 
             file.flush()
             rows.append(row)
             skipped += row["skipped"]
-            bar.set_postfix_str(f"reward {mean(r['reward'] for r in rows[-10:]):+.2f}, clipped {row['clip_fraction']:.0%}, "
+            bar.set_postfix_str(f"reward {mean_of(rows[-10:], 'reward'):+.2f}, clipped {row['clip_fraction']:.0%}, "
                                 f"flat {row['flat_groups']:.0%}" + (f", skipped {skipped} non-finite" if skipped else ""))
     adapter.save(folder / "adapter.safetensors")
     return adapter, rows
@@ -572,13 +590,17 @@ def read_weights(file: str | Path, option: str) -> tuple[dict[str, Tensor], dict
         with safe_open(str(file), "pt") as f:
             return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
     except Exception as error:
-        raise UserError(f"{option} {file}: not a whole safetensors file ({error})") from error
+        raise UserError(f"{option} {file}: not a whole safetensors file ({one_line(error)})") from error
 
 
 def write_weights(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write all or nothing."""
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, str(file) + ".part", metadata)
-    os.replace(str(file) + ".part", file)
+    part = Path(f"{file}.part")
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, part, metadata)
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def save_generator(model: Generator, file: Path) -> None:
@@ -592,8 +614,8 @@ def load_generator(file: str | Path, device: str | torch.device = "cpu", bf16: b
     try:
         model = Generator(**json.loads(metadata["generator"]), bf16=bf16)
         model.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"--base {file}: not a generator that --pretrain wrote ({str(error).splitlines()[0]})") from error
+    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise UserError(f"--base {file}: not a generator that --pretrain wrote ({one_line(error)})") from error
     return model.to(device).requires_grad_(False)
 
 
@@ -603,19 +625,19 @@ ODE_STEPS, SAVE_EVERY = 6, 100
 def pretrain_loss(model: Generator, teacher: Generator | None, settings: Settings, generator: torch.Generator) -> Tensor:
     """Flow matching with teacher forcing or, given a teacher, its distillation to a consistency sampler.
 
-    Flow matching: x_t of each chunk, behind real (slightly noised) past chunks, is asked for v = (x_t - x₀)/t.
-    Distillation: the jump from x_t is asked for the end of the teacher's ODE from there; half of the times are the sampler's.
+    Flow matching: x_t of each chunk, behind real (slightly noised) past chunks, is asked for v = (x_t - x₀)/t (t >= 0.05 there).
+    Distillation: the jump from x_t is asked for the end of the teacher's ODE from there; 60 % of the times are the sampler's.
     """
     N, device = settings.batch, model.device
     prompts = [TRAIN_PROMPTS[i] for i in torch.randint(len(TRAIN_PROMPTS), (N,), generator=generator)]
     clean = Generator.encode(make_clips(prompts, generator))                                    # [N, L, F, 3, H, W]
-    noise, blur = (torch.randn(clean.shape, generator=generator) for _ in range(2))
+    noise, context_noise = (torch.randn(clean.shape, generator=generator) for _ in range(2))
     u = 0.1 * torch.rand(N, CHUNKS, 1, 1, 1, 1, generator=generator)
     t = torch.sigmoid(0.6 + 1.1 * torch.randn(N, CHUNKS, generator=generator))
     if teacher:
         own = torch.tensor(model.timesteps)[torch.randint(len(model.timesteps), t.shape, generator=generator)]
         t = torch.where(torch.rand(t.shape, generator=generator) < 0.6, own, 0.05 + 0.95 * torch.rand(t.shape, generator=generator))
-    clean, past, noise, t = (z.to(device) for z in (clean, (1 - u) * clean + u * blur, noise, t))
+    clean, past, noise, t = (z.to(device) for z in (clean, (1 - u) * clean + u * context_noise, noise, t))
     s = t[..., None, None, None, None]
     x_t = (1 - s) * clean + s * noise
     prediction = model.predict_all(x_t, t, model.write_all(past, prompts))
@@ -632,11 +654,10 @@ def pretrain_loss(model: Generator, teacher: Generator | None, settings: Setting
 def fit(stage: str, model: Generator, teacher: Generator | None, steps: int, lr: float, settings: Settings, folder: Path) -> None:
     """Train one stage to the end. Resumes from the stage's checkpoint; a step's data depend on the seed and the step alone."""
     hidden = [m.weight for m in model.blocks.modules() if isinstance(m, nn.Linear)]
-    chosen = {id(p) for p in hidden}
-    optimizers = [torch.optim.Muon(hidden, lr, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW([p for p in model.parameters() if id(p) not in chosen], lr, (0.9, 0.98), weight_decay=0)]
+    optimizers = muon_and_adamw(model, hidden)
     checkpoint, start = folder / f"{stage}.checkpoint.safetensors", 0
-    described = json.dumps({n: getattr(settings, n) for n in ("seed", "batch", "width", "layers", "heads")} | {"steps": steps})
+    described = json.dumps({n: getattr(settings, n) for n in ("seed", "batch", "width", "layers", "heads", "precision")}
+                           | {"steps": steps})
     if checkpoint.is_file():
         tensors, metadata = read_weights(checkpoint, "--out")
         if metadata.get("settings") != described:
@@ -651,15 +672,11 @@ def fit(stage: str, model: Generator, teacher: Generator | None, steps: int, lr:
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps, unit="step")
     for step in bar:
-        for optimizer in optimizers:                           # short warm-up, constant, linear decay over the second half
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = lr * min(1, (step + 1) / 50, 2 * (1 - step / steps))
-            optimizer.zero_grad()
         loss = pretrain_loss(model, teacher, settings, seeded(settings.seed, step))
+        model.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        step_with(optimizers, lr * min(1, (step + 1) / 50, 2 * (1 - step / steps)))                # warm-up, constant, linear decay
         bar.set_postfix(loss=f"{loss.item():.4f}", grad=f"{norm.item():.2f}")
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
@@ -672,8 +689,7 @@ def fit(stage: str, model: Generator, teacher: Generator | None, steps: int, lr:
 def pretrain(settings: Settings) -> None:
     """Make the base from nothing: teacher.safetensors (flow matching, many steps), then base.safetensors (consistency, T steps)."""
     folder = Path(settings.out or "runs/pretrain")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder}: is a file; name a folder")
+    check_folder(folder)
     torch.manual_seed(settings.seed)
     shape = {name: getattr(settings, name) for name in ("width", "layers", "heads")}
     folder.mkdir(parents=True, exist_ok=True)
@@ -701,20 +717,20 @@ def sample_batches(model: Generator, prompts: list[str], generator: torch.Genera
 
 
 def evaluate(clips: Tensor, prompts: list[str], reward: Callable) -> dict[str, Tensor]:
-    """Rewards, judge and detectors of collapse for each clip [N]; clips of one prompt must follow each other.
+    """Rewards, judge and detectors of collapse, each [prompts]: means over the clips of a prompt, which must follow each other.
 
-    spread: how far, in px, the clips of one prompt lie apart (deviation of their mean positions): 0 when they all collapse into one.
+    spread: how far, in px, the clips of one prompt lie apart (deviation of their mean positions); 0 when they are all the same.
     """
     scores = reward(clips, prompts) | judge(clips, prompts)
     per_prompt = len(prompts) // len(set(prompts))
-    place = torch.stack([scores.pop("x"), scores.pop("y")], -1).view(-1, per_prompt, 2)
-    spread = place.var(1, correction=0).sum(-1).sqrt().repeat_interleave(per_prompt)
-    return {name: value.float().cpu() for name, value in (scores | {"spread": spread}).items()}
+    scores = {name: value.float().cpu().view(-1, per_prompt) for name, value in scores.items()}
+    spread = (scores.pop("x").var(1, correction=0) + scores.pop("y").var(1, correction=0)).sqrt()
+    return {name: value.mean(1) for name, value in scores.items()} | {"spread": spread}
 
 
 def table(results: dict[str, dict[str, Tensor]]) -> str:
-    """Means by model, and the mean change from the first model with the standard error of the paired differences."""
-    lines = [" " * 10 + f"{'reward model (open_clip)':>36} {'judge, in [0, 1]':>36} {'collapse, px':>27}",
+    """Means by model, and the mean change from the first model with the standard error of its paired differences over prompts."""
+    lines = [" " * 10 + f"{'reward model (open_clip)':>36} {'judge, in [0, 1]':>35} {'px², px, px':>27}",
              " " * 10 + "".join(f"{title:>9}" for title in COLUMNS.values())]
     first = next(iter(results.values()))
     for name, scores in results.items():
@@ -747,7 +763,7 @@ def save_gif(blocks: list[Tensor], file: Path, scale: int = 4) -> None:
 
 
 def save_filmstrip(clips: Tensor, file: Path, scale: int = 2) -> None:
-    """clips [rows, columns, FRAMES, 3, H, W] in [0, 1] -> a PNG, one line for each clip, frames from left to right."""
+    """clips [prompts, models, FRAMES, 3, H, W] in [0, 1] -> a PNG, a line for each clip: a prompt's models follow each other."""
     clips = F.pad(clips, (1, 1, 1, 1), value=0.5).flatten(0, 1).permute(0, 3, 1, 4, 2)
     image = clips.flatten(2, 3).flatten(0, 1).repeat_interleave(scale, 0).repeat_interleave(scale, 1)
     iio.imwrite(file, (image * 255).round().byte().cpu().numpy(), extension=".png")
@@ -758,13 +774,12 @@ def save_filmstrip(clips: Tensor, file: Path, scale: int = 2) -> None:
 def run_alignment(settings: Settings) -> None:
     """Align, judge base and aligned model on held-out prompts with the same noise, report, and leave it all in the run's folder."""
     folder = Path(settings.out or time.strftime("runs/%Y%m%d-%H%M%S"))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--out {folder}: {'is not empty' if folder.is_dir() else 'is a file'}; name a new folder")
+    check_folder(folder, new=True)
     weights = parse_weights(settings.reward_weights)
     model = load_generator(settings.base, settings.device, settings.precision == "bf16")
-    clip = ClipReward(settings.clip, settings.device)
-    reference = sample_batches(model, TRAIN_PROMPTS, seeded(0, CALIBRATION))
-    reward = WeightedReward(clip, weights, reference, TRAIN_PROMPTS)
+    scorer = ClipReward(settings.clip, settings.device)
+    reference = sample_batches(model, TRAIN_PROMPTS, seeded(0, CALIBRATION))                    # the same for all seeds: one scale
+    reward = WeightedReward(scorer, weights, reference, TRAIN_PROMPTS)
     folder.mkdir(parents=True, exist_ok=True)
     record = dataclasses.asdict(settings) | {"reward_scales": reward.scales}
     (folder / "settings.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -775,22 +790,22 @@ def run_alignment(settings: Settings) -> None:
     with adapter.on(model):
         aligned = sample_batches(model, prompts, seeded(settings.seed, JUDGING))
     results = {"base": evaluate(base, prompts, reward), "on-policy": evaluate(aligned, prompts, reward)}
-    shown = [clips[torch.linspace(0, len(prompts) - 1, 8).long()] for clips in (base, aligned)] # [8, FRAMES, 3, H, W] each
+    shown = [clips[:: len(prompts) // 8] for clips in (base, aligned)]                          # of 8 prompts the first clip
     save_gif([clips.unflatten(0, (2, 4)) for clips in shown], folder / "base_aligned.gif")
     save_filmstrip(torch.stack(shown, 1), folder / "base_aligned.png")
     means = {name: {column: value.mean().item() for column, value in scores.items()} for name, scores in results.items()}
     (folder / "judged.json").write_text(json.dumps(means, indent=1) + "\n")
-    by_pivot = {p: mean(row["deviation"] for row in rows if row["pivot"] == p) for p in sorted({row["pivot"] for row in rows})}
+    pivots = [[row for row in rows if row["pivot"] == p + 1] for p in range(model.chunks)]
     print(f"""
 {len(prompts)} clips of {len(HELD_OUT_PROMPTS)} held-out prompts, the same noise for both models; the reward in deviations of the base's:
 
 {table(results)}
 
 reward by iteration   {sparkline([row["reward"] for row in rows])}
-deviation in a group  {", ".join(f"{d:.3f} (chunk {p})" for p, d in by_pivot.items())}
-clipped ratios        {mean(row["clip_fraction"] for row in rows):.0%}; flat groups {mean(row["flat_groups"] for row in rows):.0%}; \
+deviation in a group  {", ".join(f"{mean_of(p, 'deviation'):.3f}" for p in pivots)} with pivot chunk 1 to {model.chunks}
+clipped ratios        {mean_of(rows, "clip_fraction"):.0%}; flat groups {mean_of(rows, "flat_groups"):.0%}; \
 updates skipped as not finite {sum(row["skipped"] for row in rows)}
-time                  {mean(row["seconds"] for row in rows):.2f} s an iteration on {settings.device}
+time                  {mean_of(rows, "seconds"):.2f} s an iteration on {settings.device}
 run folder            {folder}: {" ".join(sorted(file.name for file in folder.iterdir()))}""")
 
 
@@ -799,6 +814,7 @@ def run_sample(settings: Settings) -> None:
     file = Path(settings.out or "clip.gif")
     if file.suffix != ".gif" or file.is_dir():
         raise UserError(f"--out {file}: expected the name of a .gif file")
+    check_folder(file.parent)
     attributes([settings.sample])
     model = load_generator(settings.base, settings.device, settings.precision == "bf16")
     with Adapter.load(settings.adapter, model).on(model) if settings.adapter else nullcontext():
@@ -811,14 +827,14 @@ def run_sample(settings: Settings) -> None:
     print(f"wrote {file}")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; --help lists the settings")
+def text(value: str) -> str:
+    if not value:
+        raise ValueError
+    return value
 
 
 def parse(arguments: list[str] | None = None) -> Settings:
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                    formatter_class=lambda prog: argparse.HelpFormatter(prog, width=120, max_help_position=28))
+    parser = Parser(description=__doc__.split("\n\n")[0])
     sections = {}
     for f in dataclasses.fields(Settings):
         m = f.metadata
@@ -827,18 +843,20 @@ def parse(arguments: list[str] | None = None) -> Settings:
         section = sections[m["section"]]
         default = str(f.default).replace(str(ASSETS), ASSETS.name)
         about = m["text"] + ("" if default in ("", "False") else f" [{default}]") + (f" (paper: {m['paper']})" if m["paper"] else "")
-        kind = {"type": f.type, "metavar": {int: "N", float: "X", str: "TEXT"}.get(f.type)}
-        kind = {"action": "store_true"} if f.type is bool else kind
-        section.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=about.replace("%", "%%"), **kind)
+        kind = {int: {"type": int, "metavar": "N"}, float: {"type": float, "metavar": "X"}, str: {"type": text, "metavar": "TEXT"},
+                bool: {"action": "store_true"}}[f.type]
+        section.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=about.replace("%", "%%"), **kind)
     return Settings(**vars(parser.parse_args(arguments)))
 
 
 def choose_device(name: str) -> str:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise RuntimeError("neither cpu nor cuda")
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: cannot be used ({str(error).splitlines()[0]})") from error
+        raise UserError(f"--device {name}: cannot be used ({one_line(error)})") from error
     return name
 
 
@@ -852,8 +870,8 @@ def main(arguments: list[str] | None = None) -> int:
             pretrain(settings)
         else:
             run_alignment(settings)
-    except UserError as error:
-        print(f"arcopo: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"arcopo: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -11,9 +11,10 @@ Clips are float tensors [N, FRAMES, 3, SIZE, SIZE] in [0, 1]; prompts are string
 
 import argparse
 import json
-import logging
 import math
+import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,30 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 
 class UserError(Exception):
     """Bad input: one line that says what is wrong and what would be right. The command ends with it, exit code 2."""
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:600] or type(error).__name__
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with every error a UserError."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=120, max_help_position=28))
+
+    def error(self, message: str):
+        raise UserError(f"{message}; --help lists the settings")
+
+
+def check_folder(folder: Path, new: bool = False) -> None:
+    """Raises UserError unless the folder can be written to or made and, if it is to be new, is not there or empty."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--out {folder}: {there} {'cannot be written to' if there.is_dir() else 'is a file'}; name another folder")
+    if new and there == folder and any(folder.iterdir()):
+        raise UserError(f"--out {folder}: is not empty; name a new folder")
 
 
 # ------------------------------------------------------------------ world
@@ -132,13 +157,14 @@ def judge(clips: Tensor, prompts: list[str]) -> dict[str, Tensor]:
     same place, size and colour; all scores compare with that ideal drawing.
 
     colour, shape, motion   1 if right, else 0: nearest colour of the palette; the ideal drawing that fits best; direction of
-                            the way from first to last position ("still": less than 2 px).
+                            the way from first to last position ("still": less than 2 px). 0 if half of the frames are empty,
+                            motion also if the first or last is. A frame is empty if nothing in it is brighter than 15 %.
     text                    mean of the three, in [0, 1] (text alignment).
     all_right               1 if all three are right.
-    visual                  mean over frames of 1 - |frame - ideal| / |ideal - background| (L2), cut to [0, 1]; 0 if empty.
+    visual                  mean over frames of 1 - |frame - ideal| / |ideal - background| (L2), cut to [0, 1]; empty frames 0.
     motion_quality          exp(-a) · exp(-2 f) in [0, 1]: a the mean acceleration of the position (px a frame²), f the mean
-                            change of brightness from frame to frame relative to its mean; 0 if a frame is empty.
-    Detectors of collapse, not scores: area (px), displacement (px from first to last frame) and x, y (mean position, px).
+                            change of the shape's light (area x brightness) from frame to frame over its mean; 0 if one is empty.
+    Detectors of collapse, not scores: area (px²), displacement (px from first to last frame) and x, y (mean position, px).
     """
     clips, triple = clips.float(), attributes(prompts).to(clips.device)
     n, palette = len(clips), PALETTE.to(clips.device)
@@ -203,33 +229,33 @@ class ClipReward:
     mq  motion quality: mean cosine of consecutive frames.
 
     name: 'ARCH:TAG' as open_clip lists them ('ViT-B-32:laion2b_s34b_b79k', downloaded once), 'ARCH:FILE' with local weights, or a
-    folder (or a file in it) with open_clip_config.json beside open_clip_model.safetensors. Local weights must be safetensors.
+    folder (or a file in it) with open_clip_config.json beside open_clip_model.safetensors. Weights load from safetensors only.
     """
 
     def __init__(self, name: str = str(ASSETS / "clip"), device: str | torch.device = "cpu"):
         import open_clip                                       # takes seconds: only who asks for a reward waits for it
-        architecture, _, weights = name.rpartition(":")
-        path = Path(weights)
+        architecture, _, weights = ("", "", name) if Path(name).exists() else name.rpartition(":")
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        if architecture and architecture not in open_clip.list_models():
+            raise UserError(f"--clip {name}: open_clip has no model {architecture!r}; open_clip.list_models() names them")
+        if architecture and weights not in tags and not Path(weights).is_file():
+            raise UserError(f"--clip {name}: {weights!r} is neither a file nor one of the tags of {architecture}: {', '.join(tags)}")
+        file = Path(weights)
         if not architecture:                                   # a folder, or a file in it
-            folder = path.parent if path.is_file() else path
-            if not (folder / "open_clip_config.json").is_file():
+            folder = file.parent if file.is_file() else file
+            file, architecture, weights = folder / "open_clip_model.safetensors", f"local-dir:{folder}", None
+            if not (folder / "open_clip_config.json").is_file() or Path(name).is_file() and Path(name) != file:
                 raise UserError(f"--clip {name}: expected ARCH:TAG (ViT-B-32:laion2b_s34b_b79k), ARCH:FILE, or a folder with "
                                 "open_clip_config.json and open_clip_model.safetensors")
-            path, architecture, weights = folder / "open_clip_model.safetensors", f"local-dir:{folder}", None
-        elif architecture not in open_clip.list_models():
-            raise UserError(f"--clip {name}: open_clip has no model {architecture!r}; open_clip.list_models() names them")
-        elif weights not in open_clip.list_pretrained_tags_by_model(architecture) and not path.is_file():
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture))
-            raise UserError(f"--clip {name}: {weights!r} is neither a file nor one of the tags of {architecture}: {tags}")
-        if weights is None or path.is_file():                  # never through pickle
-            if path.suffix != ".safetensors" or not path.is_file():
-                raise UserError(f"--clip {name}: expected the weights in a .safetensors file, found none at {path}")
-        logging.getLogger().setLevel(logging.WARNING)
         try:
+            if weights in tags:
+                file = Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(architecture, weights)))
+            if file.suffix != ".safetensors" or not file.is_file():
+                raise FileNotFoundError(f"weights must be a .safetensors file, never a pickle; found {file}")
             self.model = open_clip.create_model(architecture, pretrained=weights, device=device, require_pretrained=True).eval()
             self.tokenizer = open_clip.get_tokenizer(architecture)
-        except Exception as error:                             # open_clip raises a dozen kinds: missing, truncated, wrong shape
-            raise UserError(f"--clip {name}: open_clip cannot load it ({str(error).splitlines()[0]})") from error
+        except Exception as error:                             # open_clip raises a dozen kinds: no network, truncated, wrong shape
+            raise UserError(f"--clip {name}: open_clip cannot load it ({one_line(error)})") from error
         self.model.requires_grad_(False)
         self.device = torch.device(device)
 
@@ -243,11 +269,14 @@ class ClipReward:
         """frames [N, 3, H, W] in [0, 1] -> unit vectors [N, D]; resized and normalised as the model was trained."""
         visual = self.model.visual
         size = visual.image_size if isinstance(visual.image_size, (tuple, list)) else (visual.image_size,) * 2
-        frames = frames.to(self.device, torch.float32)
-        if tuple(frames.shape[-2:]) != tuple(size):
-            frames = F.interpolate(frames, size, mode="bicubic", antialias=True).clamp(0, 1)
         mean, std = (torch.tensor(v, device=self.device)[:, None, None] for v in (visual.image_mean, visual.image_std))
-        return self.model.encode_image((frames - mean) / std, normalize=True).float()
+        features = []
+        for part in frames.split(256):
+            part = part.to(self.device, torch.float32)
+            if tuple(part.shape[-2:]) != tuple(size):
+                part = F.interpolate(part, size, mode="bicubic", antialias=True).clamp(0, 1)
+            features.append(self.model.encode_image((part - mean) / std, normalize=True).float())
+        return torch.cat(features)
 
     def __call__(self, clips: Tensor, prompts: list[str]) -> dict[str, Tensor]:
         n = len(clips)
@@ -300,6 +329,20 @@ CLIP_CONFIG = {
 }
 
 
+def muon_and_adamw(model: torch.nn.Module, hidden: list[Tensor]) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden matrices, AdamW for the rest."""
+    chosen = {id(p) for p in hidden}
+    return [torch.optim.Muon(hidden, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW([p for p in model.parameters() if id(p) not in chosen], betas=(0.9, 0.98), weight_decay=0)]
+
+
+def step_with(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    for optimizer in optimizers:
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = lr
+        optimizer.step()
+
+
 def train_clip(out: Path, steps: int, seed: int) -> None:
     """Train a tiny CLIP on frames and captions of the world, contrastively, and write it as open_clip reads it.
 
@@ -310,14 +353,12 @@ def train_clip(out: Path, steps: int, seed: int) -> None:
     import open_clip
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG, indent=1) + "\n")
-    model = open_clip.create_model(f"local-dir:{out}", load_weights=False)
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")
-    hidden = [p for name, p in model.named_parameters() if "resblocks" in name and p.ndim == 2]
-    chosen = {id(p) for p in hidden}
-    optimizers = [torch.optim.Muon(hidden, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW([p for p in model.parameters() if id(p) not in chosen], betas=(0.9, 0.98), weight_decay=0)]
+    with tempfile.TemporaryDirectory() as folder:              # nothing is left in `out` before the weights are there
+        Path(folder, "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG))
+        model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    mean, std = (CLIP_CONFIG["preprocess_cfg"][name][0] for name in ("mean", "std"))
+    optimizers = muon_and_adamw(model, [p for name, p in model.named_parameters() if "resblocks" in name and p.ndim == 2])
     bar = tqdm(range(steps), desc="clip", unit="step")
     for step in bar:
         kinds = WORDINGS if step % 2 == 0 else (None,)
@@ -333,31 +374,40 @@ def train_clip(out: Path, steps: int, seed: int) -> None:
         gain, sigma = torch.rand(2, len(images), 1, 1, 1, generator=generator) * torch.tensor([0.2, 0.05])[:, None, None, None, None]
         images = (images * (0.9 + gain) + sigma * torch.randn(images.shape, generator=generator)).clamp(0, 1)
         with torch.autocast("cpu", torch.bfloat16):
-            image = model.encode_image((images - 0.1) / 0.25, normalize=True)
+            image = model.encode_image((images - mean) / std, normalize=True)
             text = model.encode_text(tokenizer(captions), normalize=True)
         logits = model.logit_scale.exp() * image.float() @ text.float().T
         target = torch.arange(len(logits))
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         model.zero_grad()
         loss.backward()
-        for optimizer in optimizers:
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = 2e-3 * min(1, (step + 1) / 30, 2 * (1 - step / steps))
-            optimizer.step()
+        step_with(optimizers, 2e-3 * min(1, (step + 1) / 30, 2 * (1 - step / steps)))
         model.logit_scale.data.clamp_(0, math.log(100))
         bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{(logits.argmax(1) == target).float().mean().item():.2f}")
-    save_file({k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}, out / "open_clip_model.safetensors")
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    save_file(weights, out / "open_clip_model.safetensors")
+    (out / "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG, indent=1) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Retrain the shipped CLIP from nothing.")
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser("Retrain the shipped CLIP from nothing.")
     parser.add_argument("--out", type=Path, default=Path("runs/clip"), help="folder to write; use it with arcopo.py --clip FOLDER")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    train_clip(args.out, args.steps, args.seed)
-    print(f"wrote {args.out}")
+    parser.add_argument("--steps", type=int, default=600, help="training steps [600]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random [0]")
+    try:
+        args = parser.parse_args(arguments)
+        for name, low in (("steps", 1), ("seed", 0)):
+            if not low <= getattr(args, name) < 2**63:
+                raise UserError(f"--{name} {getattr(args, name)}: must be >= {low}")
+        check_folder(args.out)
+        train_clip(args.out, args.steps, args.seed)
+    except (UserError, OSError) as error:
+        print(f"reward: {one_line(error)}", file=sys.stderr)
+        return 2
+    print(f"wrote {args.out}; use it with arcopo.py --clip {args.out}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
