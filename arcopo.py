@@ -110,7 +110,7 @@ class Settings:
     teacher_steps: int = setting(1600, "pre-training", "steps of flow matching", "", COUNT)
     student_steps: int = setting(180, "pre-training", "steps of distillation", "", COUNT)
     batch: int = setting(32, "pre-training", "clips in a batch", "", COUNT)
-    width: int = setting(192, "pre-training", "width of the transformer", "", COUNT)
+    width: int = setting(192, "pre-training", "width of the transformer", "1536 (1.3 B)", COUNT)
     layers: int = setting(6, "pre-training", "its layers", "30 (1.3 B)", COUNT)
     heads: int = setting(3, "pre-training", "its heads", "12 (1.3 B)", COUNT)
 

@@ -213,6 +213,18 @@ def test_sampler_re_noises_as_self_forcing():
         assert torch.allclose(states[i + 1], (1 - t) * 3 + t * solver[i])
 
 
+def test_the_shipped_base_is_good_and_imperfect_and_every_pivot_decides_something(clip):
+    model = arcopo.load_generator(HERE / "assets" / "base.safetensors")
+    clips = sample(model, HELD_OUT_PROMPTS, draw_noise(model, 24, seeded(0)))
+    scores = judge(clips, HELD_OUT_PROMPTS)
+    assert 0.6 < scores["all_right"].mean() < 1 and 0.4 < scores["visual"].mean() < 0.8
+    scorer = reward.WeightedReward(clip, {"ta": 1.0, "vq": 1.0, "mq": 1.0}, clips, HELD_OUT_PROMPTS)
+    for pivot in range(CHUNKS):
+        branches = forked(model, pivot, group=6)
+        rewards = scorer(branches.clips.flatten(0, 1), PROMPTS * 6)["reward"].view(6, -1)
+        assert rewards.std(0, correction=0).mean() > 0.03      # a world whose first chunk decides all gives less than 0.02
+
+
 # ------------------------------------------------------------------ objective
 
 def test_neighbor_noise():
@@ -299,7 +311,6 @@ def test_a_small_step_moves_the_anchor_toward_the_advantage_weighted_sum():
 
 def test_log_policies_are_the_plain_function_for_each_step_prompt_and_anchor():
     branches = forked(tiny(), 1)
-    anchors = torch.tensor([3, 0])
     x0 = torch.randn(4, 2, 3, *tiny().chunk_shape, generator=seeded(0))
     batched = log_policies(branches, x0, 0.5)
     assert batched.shape == (4, 3, 2, 4)
