@@ -5,7 +5,7 @@
     python arcopo.py --pretrain                                             make the base itself from nothing
 
 He et al., AR-CoPO: Align Autoregressive Video Generation with Contrastive Policy Optimization, arXiv 2603.17461 ("the paper"),
-built on He et al., Neighbor GRPO, arXiv 2511.16955; the generator is a miniature of Self Forcing's, arXiv 2506.08009.
+built on He et al., Neighbor GRPO, arXiv 2511.16955; the generator is a miniature of Self-Forcing's, arXiv 2506.08009.
 
 Symbol          in the paper    here
 L, p            Sec. 3.2        model.chunks, pivot (from 0; from 1 in what is printed)
@@ -28,7 +28,7 @@ How this departs from the paper:
 4. The three rewards are put on one scale by their mean and deviation on the base's own clips before they are weighted and added.
 5. π_old is that of the first replay, not of the rollout (see update); σ_r has a floor, so that a nearly flat group moves little.
 6. The same anchors serve all updates of an iteration; J is averaged over anchors, steps and prompts.
-7. The base is distilled from its teacher on real past chunks, where Self Forcing trains on its own rollouts.
+7. The base is distilled from its teacher on real past chunks, where Self-Forcing trains on its own rollouts.
 
 In shapes: T steps, L chunks, P prompts, G branches of a group, B anchors, N rows of a batch; x_t is [N, frames, 3, height, width].
 """
@@ -52,19 +52,20 @@ import imageio.v3 as iio
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from reward import (ASSETS, CHUNK_FRAMES, CHUNKS, COLOURS, HELD_OUT_PROMPTS, MOTIONS, SHAPES, SIZE, TRAIN_PROMPTS, ClipReward, Parser,
                     UserError, WeightedReward, attributes, check_folder, judge, make_clips, muon_and_adamw, one_line, parse_weights,
-                    step_with)
+                    step_with, text)
 
 
 # ------------------------------------------------------------------ settings
 
 POSITIVE = ("> 0", lambda v: 0 < v < math.inf)
 COUNT = (">= 1", lambda v: v >= 1)
+UP_TO_4096 = ("from 1 to 4096", lambda v: 1 <= v <= 4096)
 ANY = ("", lambda v: True)
 
 
@@ -78,7 +79,7 @@ class Settings:
     steps: int = setting(100, "what to do", "iterations of on-policy AR-CoPO", "100", COUNT)
     sample: str = setting("", "what to do", "stream one clip of this prompt to --out (a .gif) instead")
     pretrain: bool = setting(False, "what to do", "make the base from nothing instead, into --out")
-    out: str = setting("", "what to do", "folder of the run (default: runs/ and the time); with --sample the .gif")
+    out: str = setting("", "what to do", "folder of the run (default: runs/ and the time, or runs/pretrain); with --sample the GIF (clip.gif)")
     adapter: str = setting("", "what to do", "with --sample: the adapter to apply")
     base: str = setting(str(ASSETS / "base.safetensors"), "what to do", "weights of the base generator")
     seed: int = setting(0, "what to do", "seed of everything random", "", ("in [0, 2^63)", lambda v: 0 <= v < 2**63))
@@ -99,7 +100,7 @@ class Settings:
                                 ("0 or in [0.1, 2]", lambda v: v == 0 or 0.1 <= v <= 2))
     floor: float = setting(0.02, "AR-CoPO", "least deviation of a group's rewards; below it, it counts as flat", "", POSITIVE)
     lr: float = setting(2e-5, "AR-CoPO", "learning rate of AdamW", "1e-5", POSITIVE)
-    rank: int = setting(16, "AR-CoPO", "rank r of the LoRA adapter", "64", COUNT)
+    rank: int = setting(16, "AR-CoPO", "rank r of the LoRA adapter", "64", UP_TO_4096)
     alpha: float = setting(32.0, "AR-CoPO", "α of the LoRA adapter, which is scaled by α/r", "128", POSITIVE)
 
     clip: str = setting(str(ASSETS / "clip"), "reward", "open_clip model: ARCH:TAG (ViT-B-32:laion2b_s34b_b79k), ARCH:FILE or a folder",
@@ -109,7 +110,7 @@ class Settings:
 
     teacher_steps: int = setting(1600, "pre-training", "steps of flow matching", "", COUNT)
     student_steps: int = setting(180, "pre-training", "steps of distillation", "", COUNT)
-    batch: int = setting(32, "pre-training", "clips in a batch", "", COUNT)
+    batch: int = setting(32, "pre-training", "clips in a batch", "", UP_TO_4096)
     width: int = setting(192, "pre-training", "width of the transformer", "1536 (1.3 B)", COUNT)
     layers: int = setting(6, "pre-training", "its layers", "30 (1.3 B)", COUNT)
     heads: int = setting(3, "pre-training", "its heads", "12 (1.3 B)", COUNT)
@@ -256,7 +257,8 @@ class Generator(nn.Module):
             condition = self.time(torch.cat([angle.cos(), angle.sin()], -1)) + context.words[:, None]           # [N, C, W]
             modulation = self.modulation(condition).view(N, C, 6, self.width)
             y = x.reshape(N, C, CHUNK_FRAMES, 3, side, PATCH, side, PATCH).permute(0, 1, 2, 4, 6, 3, 5, 7)
-            y = self.patch(y.reshape(N, C, self.tokens, -1)) + self.position[first : first + C] + context.words[:, None, None]                 # [N, C, K, W]
+            y = self.patch(y.reshape(N, C, self.tokens, -1))                                                    # [N, C, K, W]
+            y = y + self.position[first : first + C] + context.words[:, None, None]
             kv = []
             for block, past in zip(self.blocks, context.kv):
                 y, new = block(y, modulation, past, mask)
@@ -588,16 +590,19 @@ def read_weights(file: str | Path, option: str) -> tuple[dict[str, Tensor], dict
         raise UserError(f"{option} {file}: no such file")
     try:
         with safe_open(str(file), "pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+            tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
     except Exception as error:
         raise UserError(f"{option} {file}: not a whole safetensors file ({one_line(error)})") from error
+    if not all(t.isfinite().all() for t in tensors.values()):
+        raise UserError(f"{option} {file}: holds numbers that are not finite")
+    return tensors, metadata
 
 
 def write_weights(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write all or nothing."""
     part = Path(f"{file}.part")
     try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, part, metadata)
+        part.write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
@@ -614,6 +619,8 @@ def load_generator(file: str | Path, device: str | torch.device = "cpu", bf16: b
     try:
         model = Generator(**json.loads(metadata["generator"]), bf16=bf16)
         model.load_state_dict(tensors)
+        if model.timesteps[:1] != (1,) or min(model.timesteps) <= 0 or sorted(model.timesteps, reverse=True) != list(model.timesteps):
+            raise ValueError(f"its timesteps {model.timesteps} do not fall from 1 toward 0")
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"--base {file}: not a generator that --pretrain wrote ({one_line(error)})") from error
     return model.to(device).requires_grad_(False)
@@ -689,7 +696,7 @@ def fit(stage: str, model: Generator, teacher: Generator | None, steps: int, lr:
 def pretrain(settings: Settings) -> None:
     """Make the base from nothing: teacher.safetensors (flow matching, many steps), then base.safetensors (consistency, T steps)."""
     folder = Path(settings.out or "runs/pretrain")
-    check_folder(folder)
+    check_folder(folder, new=not (folder / "teacher.checkpoint.safetensors").exists())
     torch.manual_seed(settings.seed)
     shape = {name: getattr(settings, name) for name in ("width", "layers", "heads")}
     folder.mkdir(parents=True, exist_ok=True)
@@ -797,12 +804,12 @@ def run_alignment(settings: Settings) -> None:
     (folder / "judged.json").write_text(json.dumps(means, indent=1) + "\n")
     pivots = [[row for row in rows if row["pivot"] == p + 1] for p in range(model.chunks)]
     print(f"""
-{len(prompts)} clips of {len(HELD_OUT_PROMPTS)} held-out prompts, the same noise for both models; the reward in deviations of the base's:
+{len(prompts)} clips of {len(HELD_OUT_PROMPTS)} held-out prompts, the same noise for both models; the reward is a mean of z-scores:
 
 {table(results)}
 
 reward by iteration   {sparkline([row["reward"] for row in rows])}
-deviation in a group  {", ".join(f"{mean_of(p, 'deviation'):.3f}" for p in pivots)} with pivot chunk 1 to {model.chunks}
+deviation in a group  {", ".join(f"{mean_of(p, 'deviation'):.3f}" if p else "-" for p in pivots)} with pivot chunk 1 to {model.chunks}
 clipped ratios        {mean_of(rows, "clip_fraction"):.0%}; flat groups {mean_of(rows, "flat_groups"):.0%}; \
 updates skipped as not finite {sum(row["skipped"] for row in rows)}
 time                  {mean_of(rows, "seconds"):.2f} s an iteration on {settings.device}
@@ -825,12 +832,6 @@ def run_sample(settings: Settings) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     save_gif([model.decode(torch.stack(chunks, 1))[None]], file, scale=8)
     print(f"wrote {file}")
-
-
-def text(value: str) -> str:
-    if not value:
-        raise ValueError
-    return value
 
 
 def parse(arguments: list[str] | None = None) -> Settings:

@@ -11,6 +11,7 @@ Clips are float tensors [N, FRAMES, 3, SIZE, SIZE] in [0, 1]; prompts are string
 
 import argparse
 import json
+import logging
 import math
 import os
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -44,6 +45,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UserError(f"{message}; --help lists the settings")
+
+
+def text(value: str) -> str:
+    """An argument that is not empty."""
+    if not value:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return value
 
 
 def check_folder(folder: Path, new: bool = False) -> None:
@@ -249,6 +257,7 @@ class ClipReward:
                                 "open_clip_config.json and open_clip_model.safetensors")
         try:
             if weights in tags:
+                logging.getLogger("huggingface_hub").setLevel(logging.ERROR)                    # its retries: our line says it
                 file = Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(architecture, weights)))
             if file.suffix != ".safetensors" or not file.is_file():
                 raise FileNotFoundError(f"weights must be a .safetensors file, never a pickle; found {file}")
@@ -386,13 +395,13 @@ def train_clip(out: Path, steps: int, seed: int) -> None:
         bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{(logits.argmax(1) == target).float().mean().item():.2f}")
     out.mkdir(parents=True, exist_ok=True)
     weights = {name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()}
-    save_file(weights, out / "open_clip_model.safetensors")
+    (out / "open_clip_model.safetensors").write_bytes(save(weights))
     (out / "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG, indent=1) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser("Retrain the shipped CLIP from nothing.")
-    parser.add_argument("--out", type=Path, default=Path("runs/clip"), help="folder to write; use it with arcopo.py --clip FOLDER")
+    parser.add_argument("--out", type=text, default="runs/clip", help="folder to write; use it with arcopo.py --clip FOLDER")
     parser.add_argument("--steps", type=int, default=600, help="training steps [600]")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random [0]")
     try:
@@ -400,8 +409,8 @@ def main(arguments: list[str] | None = None) -> int:
         for name, low in (("steps", 1), ("seed", 0)):
             if not low <= getattr(args, name) < 2**63:
                 raise UserError(f"--{name} {getattr(args, name)}: must be >= {low}")
-        check_folder(args.out)
-        train_clip(args.out, args.steps, args.seed)
+        check_folder(Path(args.out), new=True)
+        train_clip(Path(args.out), args.steps, args.seed)
     except (UserError, OSError) as error:
         print(f"reward: {one_line(error)}", file=sys.stderr)
         return 2

@@ -491,12 +491,15 @@ def test_pretraining_resumes_to_the_same_weights(tmp_path, monkeypatch):
 
 
 def broken_files(folder: Path, tiny_base: Path) -> dict[str, Path]:
-    files = {name: folder / f"{name}.safetensors" for name in ("missing", "truncated", "other", "misshapen", "misfit", "afile")}
+    files = {name: folder / f"{name}.safetensors" for name in ("missing", "truncated", "other", "misshapen", "timeless", "infinite", "misfit", "afile")}
     files["truncated"].write_bytes(tiny_base.read_bytes()[:5000])
     save_file({"x": torch.zeros(2)}, files["other"])
     tensors = load_file(tiny_base)
     tensors["head.bias"] = torch.zeros(7)
     save_file(tensors, files["misshapen"], {"generator": json.dumps({"width": 32, "layers": 2, "heads": 2, "timesteps": [1.0, 0.5]})})
+    tensors = load_file(tiny_base)
+    save_file(tensors, files["timeless"], {"generator": json.dumps({"width": 32, "layers": 2, "heads": 2, "timesteps": []})})
+    save_file(tensors | {"head.bias": torch.full((192,), float("nan"))}, files["infinite"])
     adapter = Adapter.new(tiny(), 4, 4.0)
     adapter.weights["head"] = (torch.zeros(4, 31), adapter.weights["head"][1])
     adapter.save(files["misfit"])
@@ -514,6 +517,8 @@ BAD = [
     (["--precision", "fp8"], "bf16"), (["--device", "tpu9"], "--device"), (["--device", "meta"], "--device"), (["--reward-weights", "ta=1,zz=2"], "ta=1"), (["--reward-weights", "ta=-1"], "ta=1"),
     (["--adapter", "{missing}"], "--sample"),
     (["--base", "{missing}"], "no such file"), (["--base", "{truncated}"], "safetensors"), (["--base", "{other}"], "not a generator"), (["--base", "{misshapen}"], "head.bias"),
+    (["--base", "{timeless}"], "timesteps"), (["--base", "{infinite}"], "not finite"), (["--rank", "99999999"], "--rank"),
+    (["--pretrain", "--out", "."], "not empty"),
     (["--sample", PROMPTS[0], "--adapter", "{missing}"], "no such file"), (["--sample", PROMPTS[0], "--adapter", "{truncated}"], "safetensors"),
     (["--sample", PROMPTS[0], "--adapter", "{other}"], "not an adapter"), (["--sample", PROMPTS[0], "--adapter", "{misfit}"], "head"),
     (["--sample", ""], "--sample"), (["--sample", PROMPTS[0], "--pretrain"], "one of them"),
@@ -539,7 +544,7 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(arguments, says, 
 
 
 @pytest.mark.parametrize("arguments, says", [(["--steps", "0"], "--steps"), (["--bogus"], "--bogus"), (["--seed", "-1"], "--seed"),
-                                             (["--out", "{afile}"], "is a file")])
+                                             (["--out", "{afile}"], "is a file"), (["--out", ""], "empty")])
 def test_bad_input_of_reward(arguments, says, tmp_path, tiny_base, capsys):
     files = broken_files(tmp_path, tiny_base)
     assert reward.main([a.format(**files) for a in arguments]) == 2
