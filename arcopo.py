@@ -57,8 +57,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from reward import (ASSETS, CHUNK_FRAMES, CHUNKS, COLOURS, HELD_OUT_PROMPTS, MOTIONS, SHAPES, SIZE, TRAIN_PROMPTS, ClipReward, Parser,
-                    UserError, WeightedReward, attributes, check_folder, judge, make_clips, muon_and_adamw, one_line, parse_weights,
-                    step_with, text)
+                    UserError, WeightedReward, attributes, check_folder, judge, make_clips, muon_and_adamw, nonempty, one_line,
+                    parse_weights, step_with)
 
 
 # ------------------------------------------------------------------ settings
@@ -510,7 +510,7 @@ def update(model: Generator, branches: Fork, advantages: Tensor, optimizer: torc
     ratio_first (mean at the first update: 1), clip_fraction (terms whose gradient the clip stops, at the last update), grad_norm
     (mean over updates), replay_error (largest difference of replay and rollout before any update), skipped (non-finite updates).
     """
-    parameters = [p for parameters in optimizer.param_groups for p in parameters["params"]]
+    parameters = [p for options in optimizer.param_groups for p in options["params"]]
     anchors = torch.randperm(settings.group, generator=generator)[: settings.anchors]
     old, ratios, norms, skipped = None, [], [], 0
     for _ in range(settings.updates):
@@ -844,7 +844,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
         section = sections[m["section"]]
         default = str(f.default).replace(str(ASSETS), ASSETS.name)
         about = m["text"] + ("" if default in ("", "False") else f" [{default}]") + (f" (paper: {m['paper']})" if m["paper"] else "")
-        kind = {int: {"type": int, "metavar": "N"}, float: {"type": float, "metavar": "X"}, str: {"type": text, "metavar": "TEXT"},
+        kind = {int: {"type": int, "metavar": "N"}, float: {"type": float, "metavar": "X"}, str: {"type": nonempty, "metavar": "TEXT"},
                 bool: {"action": "store_true"}}[f.type]
         section.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=about.replace("%", "%%"), **kind)
     return Settings(**vars(parser.parse_args(arguments)))

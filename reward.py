@@ -47,8 +47,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the settings")
 
 
-def text(value: str) -> str:
-    """An argument that is not empty."""
+def nonempty(value: str) -> str:
+    """The type of an argument that must not be empty."""
     if not value:
         raise argparse.ArgumentTypeError("must not be empty")
     return value
@@ -373,9 +373,9 @@ def train_clip(out: Path, steps: int, seed: int) -> None:
         kinds = WORDINGS if step % 2 == 0 else (None,)
         frames, captions = [], []
         for kind in kinds:
-            motions = torch.randint(len(MOTIONS), (len(COLOURS), len(SHAPES)), generator=generator)
-            triples = [(c, s, int(motions[c, s])) for c in range(len(COLOURS)) for s in range(len(SHAPES))]
-            prompts = [prompt_of(*t) for t in triples if sum(t) % 5 != 0]
+            motions = torch.randint(len(MOTIONS), (len(COLOURS), len(SHAPES)), generator=generator).tolist()
+            drawn = [prompt_of(c, s, motions[c][s]) for c in range(len(COLOURS)) for s in range(len(SHAPES))]
+            prompts = [prompt for prompt in drawn if prompt in TRAIN_PROMPTS]
             clips = make_clips(prompts, generator, kind)
             frames.append(clips[torch.arange(len(clips)), torch.randint(FRAMES, (len(clips),), generator=generator)])
             captions += [worded(p, kind) if kind else p for p in prompts]
@@ -401,7 +401,7 @@ def train_clip(out: Path, steps: int, seed: int) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser("Retrain the shipped CLIP from nothing.")
-    parser.add_argument("--out", type=text, default="runs/clip", help="folder to write; use it with arcopo.py --clip FOLDER")
+    parser.add_argument("--out", type=nonempty, default="runs/clip", help="folder to write; use it with arcopo.py --clip FOLDER")
     parser.add_argument("--steps", type=int, default=600, help="training steps [600]")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random [0]")
     try:
