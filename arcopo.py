@@ -36,6 +36,7 @@ In shapes: T steps, L chunks, P prompts, G branches of a group, B anchors, N row
 import argparse
 import csv
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -63,6 +64,7 @@ from reward import (ASSETS, CHUNK_FRAMES, CHUNKS, COLOURS, HELD_OUT_PROMPTS, MOT
 
 # ------------------------------------------------------------------ settings
 
+METHODS = ("on-policy", "semi", "off-policy", "sde-grpo")
 POSITIVE = ("> 0", lambda v: 0 < v < math.inf)
 COUNT = (">= 1", lambda v: v >= 1)
 UP_TO_4096 = ("from 1 to 4096", lambda v: 1 <= v <= 4096)
@@ -76,7 +78,11 @@ def setting(default, section: str, text: str, paper: str = "", valid: tuple = AN
 @dataclass
 class Settings:
     """Every setting: default, meaning, the paper's value. Each default runs on a laptop."""
-    steps: int = setting(100, "what to do", "iterations of on-policy AR-CoPO", "100", COUNT)
+    steps: int = setting(100, "what to do", "iterations of each training", "100", COUNT)
+    method: str = setting("", "what to do", f"one training alone ({', '.join(METHODS)}) instead of the whole recipe", "",
+                          (f"one of {', '.join(METHODS)}", lambda v: v in ("", *METHODS)))
+    study: str = setting("", "what to do", "entropy (redraw one noise at a time, Fig. 6) or cost (of forking at a chunk) instead", "",
+                         ("entropy or cost", lambda v: v in ("", "entropy", "cost")))
     sample: str = setting("", "what to do", "stream one clip of this prompt to --out (a .gif) instead")
     pretrain: bool = setting(False, "what to do", "make the base from nothing instead, into --out")
     out: str = setting("", "what to do", "folder of the run (default: runs/ and the time, or runs/pretrain); with --sample the GIF (clip.gif)")
@@ -94,7 +100,7 @@ class Settings:
     updates: int = setting(2, "AR-CoPO", "policy updates per iteration", "2", COUNT)
     prompts: int = setting(4, "AR-CoPO", "prompts P per iteration, one batch", "24 GPUs",
                            (f"from 1 to {len(TRAIN_PROMPTS)}", lambda v: 1 <= v <= len(TRAIN_PROMPTS)))
-    clip_range: float = setting(1e-4, "AR-CoPO", "ε of the ratio clip (Eq. 3)", "1e-4", POSITIVE)
+    clip_range: float = setting(1e-4, "AR-CoPO", "ε of the ratio clip (Eq. 3); inf: no clip", "1e-4", ("> 0", lambda v: v > 0))
     tau: float = setting(0.03, "AR-CoPO", "temperature τ₀ for each element of a chunk (Eq. 5)", "", POSITIVE)
     quasi_norm: float = setting(0.0, "AR-CoPO", "p of the quasi-norm of the advantages; 0: plain deviation", "0.8 in Neighbor GRPO",
                                 ("0 or in [0.1, 2]", lambda v: v == 0 or 0.1 <= v <= 2))
@@ -103,10 +109,15 @@ class Settings:
     rank: int = setting(16, "AR-CoPO", "rank r of the LoRA adapter", "64", UP_TO_4096)
     alpha: float = setting(32.0, "AR-CoPO", "α of the LoRA adapter, which is scaled by α/r", "128", POSITIVE)
 
+    buffer_groups: int = setting(100, "semi-on-policy and merging", "rollout groups in the buffer", "100", COUNT)
+    buffer: str = setting("", "semi-on-policy and merging", "buffer.safetensors of an earlier run, instead of collecting one")
+    sweep: str = setting("0.4,0.6,0.8,1", "semi-on-policy and merging", "strengths s of the on-policy adapter to try", "0.4 to 1")
+
     clip: str = setting(str(ASSETS / "clip"), "reward", "open_clip model: ARCH:TAG (ViT-B-32:laion2b_s34b_b79k), ARCH:FILE or a folder",
                         "VideoAlign")
     reward_weights: str = setting("ta=1,vq=1,mq=1", "reward", "weights of text alignment, visual and motion quality", "1 each")
-    judge_samples: int = setting(8, "reward", "clips of each held-out prompt to judge base and aligned model on", "", COUNT)
+    judge_samples: int = setting(8, "reward", "clips of each held-out prompt to judge models on", "", COUNT)
+    judge_every: int = setting(20, "reward", "iterations between two points of the held-out curve", "", COUNT)
 
     teacher_steps: int = setting(1600, "pre-training", "steps of flow matching", "", COUNT)
     student_steps: int = setting(180, "pre-training", "steps of distillation", "", COUNT)
@@ -122,8 +133,11 @@ class Settings:
                 raise UserError(f"--{f.name.replace('_', '-')} {getattr(self, f.name)}: must be {rule}")
         if self.adapter and not self.sample:
             raise UserError(f"--adapter {self.adapter}: goes with --sample")
-        if self.pretrain and self.sample:
-            raise UserError("--pretrain and --sample: name one of them")
+        modes = [f"--{name}" for name in ("sample", "pretrain", "study", "method") if getattr(self, name)]
+        if len(modes) > 1:
+            raise UserError(f"{' and '.join(modes)}: name one of them")
+        if self.buffer and self.method in ("on-policy", "sde-grpo"):
+            raise UserError(f"--buffer {self.buffer}: --method {self.method} rolls out its own groups; leave it out")
         if self.anchors > self.group:
             raise UserError(f"--anchors {self.anchors}: must be at most --group, which is {self.group}")
         if self.width % self.heads:
@@ -137,23 +151,24 @@ def seeded(seed: int, *stream: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-ADAPTER, TRAINING, CALIBRATION, JUDGING, SAMPLING = range(1, 6)      # streams of random numbers: no draw of one moves another
+ADAPTER, TRAINING, CALIBRATION, JUDGING, SAMPLING, BUFFER, CURVE, STUDY = range(1, 9)      # streams of random numbers: no draw of one moves another
 
 
 # ------------------------------------------------------------------ model
 
 PATCH = 8
 TIMESTEPS = (1.0, 0.6, 0.33, 0.14)       # lower than a large model's: a small clip keeps little of its content under strong noise
+FLOW_TIMESTEPS = (1.0, 0.9, 0.78, 0.66, 0.54, 0.42, 0.28, 0.14)      # of the flow-matching teacher
 
 
 class Context(NamedTuple):
     """h_p, all that is fixed before the next chunk. A value, not state: extending it returns a new one, so a fork is a copy."""
     words: Tensor           # [N, width]                                     the prompt
-    kv: Tensor              # [layers, 2, N, heads, tokens, head width]      keys and values of the finished chunks
+    kv: Tensor              # [N, layers, 2, heads, tokens, head width]      keys and values of the finished chunks
 
     def repeat(self, times: int) -> "Context":
-        """The context of each row for `times` branches: row b * N + n is branch b of row n."""
-        return Context(self.words.repeat(times, 1), self.kv.repeat(1, 1, times, 1, 1, 1))
+        """The context of each row for `times` branches: row n * times + b is branch b of row n."""
+        return Context(*(x.repeat_interleave(times, 0) for x in self))
 
 
 class Block(nn.Module):
@@ -168,14 +183,14 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, modulation: Tensor, past: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, modulation: Tensor, past: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple]:
         N, C, K, W = x.shape                                                                    # rows, chunks, tokens, width
         shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.table)[:, :, :, None].unbind(2)   # [N, C, 1, W]
         y = F.layer_norm(x, (W,)) * (1 + scale1) + shift1
         q, k, v = self.qkv(y).view(N, C * K, 3, self.heads, -1).permute(2, 0, 3, 1, 4)          # [N, heads, C*K, D]
         q, k = (F.rms_norm(z, z.shape[-1:]).to(v.dtype) for z in (q, k))
-        new = torch.stack([k, v])                                                               # [2, N, heads, C*K, D]
-        k, v = torch.cat([past.to(v.dtype), new], 3)
+        new = k, v
+        k, v = (torch.cat([old.to(z.dtype), z], 2) for old, z in zip(past.unbind(1), new))      # [N, heads, past + C*K, D]
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5       # plain: on a CPU faster than scaled_dot_product_attention
         if mask is not None:
             scores = scores + mask.to(scores.dtype)
@@ -193,15 +208,17 @@ class Generator(nn.Module):
     extend(context, x0)      -> Context                  the context with a finished clean chunk written into it (at t = 0)
     decode(latents)          -> clips in [0, 1]          here latents are pixels in [-1, 1]
     timesteps, chunk_shape, chunks                       the T times of the sampler, the shape of x_t for one row, L
+    flow                                                 False: a consistency model (CM); True: a flow-matching one (FM)
 
-    x_t = (1 - t) x₀ + t ε, with t = 1 pure noise.
+    x_t = (1 - t) x₀ + t ε, with t = 1 pure noise. A Context is a NamedTuple of tensors with rows first, as all that has rows here.
     """
 
     chunk_shape, chunks = (CHUNK_FRAMES, 3, SIZE, SIZE), CHUNKS
 
-    def __init__(self, width: int = 192, layers: int = 6, heads: int = 3, timesteps: tuple = TIMESTEPS, bf16: bool = True):
+    def __init__(self, width: int = 192, layers: int = 6, heads: int = 3, timesteps: tuple = TIMESTEPS, flow: bool = False,
+                 bf16: bool = True):
         super().__init__()
-        self.width, self.layers, self.heads, self.timesteps, self.bf16 = width, layers, heads, tuple(timesteps), bf16
+        self.width, self.layers, self.heads, self.timesteps, self.flow, self.bf16 = width, layers, heads, tuple(timesteps), flow, bf16
         self.tokens = CHUNK_FRAMES * (SIZE // PATCH) ** 2
         self.patch = nn.Linear(3 * PATCH**2, width)
         self.position = nn.Parameter(0.02 * torch.randn(CHUNKS, self.tokens, width))
@@ -220,7 +237,7 @@ class Generator(nn.Module):
     def begin(self, prompts: list[str]) -> Context:
         ids = attributes(prompts) + torch.tensor([0, len(COLOURS), len(COLOURS) + len(SHAPES)])
         words = self.word(ids.to(self.device)).sum(1)
-        return Context(words, words.new_zeros(self.layers, 2, len(prompts), self.heads, 0, self.width // self.heads))
+        return Context(words, words.new_zeros(len(prompts), self.layers, 2, self.heads, 0, self.width // self.heads))
 
     def predict(self, x_t: Tensor, t: float | Tensor, context: Context) -> Tensor:
         t = torch.as_tensor(t, dtype=torch.float32, device=self.device).expand(len(x_t))
@@ -228,7 +245,11 @@ class Generator(nn.Module):
 
     def extend(self, context: Context, x0: Tensor) -> Context:
         kv = self(x0[:, None], torch.zeros(len(x0), 1, device=self.device), context)[1]
-        return Context(context.words, torch.cat([context.kv.to(kv.dtype), kv], 4))
+        return Context(context.words, torch.cat([context.kv.to(kv[0][0].dtype), self.stack(kv)], 4))
+
+    @staticmethod
+    def stack(kv: list[tuple[Tensor, Tensor]]) -> Tensor:
+        return torch.stack([torch.stack(pair, 1) for pair in kv], 1)                            # [N, layers, 2, heads, tokens, D]
 
     @staticmethod
     def decode(latents: Tensor) -> Tensor:
@@ -240,8 +261,8 @@ class Generator(nn.Module):
         return (clips * 2 - 1).unflatten(1, (CHUNKS, CHUNK_FRAMES))
 
     def forward(self, x: Tensor, t: Tensor, context: Context, visible: Tensor | None = None,
-                first: int | None = None) -> tuple[Tensor, Tensor]:
-        """C chunks at once: x [N, C, *chunk_shape] at times t [N, C] -> x̂₀ like x, and keys and values [layers, 2, N, heads, C*K, D].
+                first: int | None = None) -> tuple[Tensor, list]:
+        """C chunks at once: x [N, C, *chunk_shape] at times t [N, C] -> x̂₀ like x, and of each layer the new keys and values.
 
         visible [C, past + C]: which chunk sees which (None: all). first: the place of x[:, 0] in the clip (None: after the context).
         """
@@ -260,19 +281,19 @@ class Generator(nn.Module):
             y = self.patch(y.reshape(N, C, self.tokens, -1))                                                    # [N, C, K, W]
             y = y + self.position[first : first + C] + context.words[:, None, None]
             kv = []
-            for block, past in zip(self.blocks, context.kv):
+            for block, past in zip(self.blocks, context.kv.unbind(1)):
                 y, new = block(y, modulation, past, mask)
                 kv.append(new)
             shift, scale = (condition[:, :, None] + self.table)[:, :, :, None].unbind(2)
             y = self.head(F.layer_norm(y, (self.width,)) * (1 + scale) + shift).float()
         y = y.view(N, C, CHUNK_FRAMES, side, side, 3, PATCH, PATCH).permute(0, 1, 2, 5, 3, 6, 4, 7)
-        return y.reshape(x.shape), torch.stack(kv)
+        return y.reshape(x.shape), kv
 
     def write_all(self, clean: Tensor, prompts: list[str]) -> Context:
         """The context after all but the last of the chunks clean [N, L, *chunk_shape], in one pass (teacher forcing)."""
         context = self.begin(prompts)
         causal = torch.ones(CHUNKS - 1, CHUNKS - 1, dtype=torch.bool).tril()
-        return Context(context.words, self(clean[:, :-1], clean.new_zeros(len(clean), CHUNKS - 1), context, causal)[1])
+        return Context(context.words, self.stack(self(clean[:, :-1], clean.new_zeros(len(clean), CHUNKS - 1), context, causal)[1]))
 
     def predict_all(self, x_t: Tensor, t: Tensor, context: Context) -> Tensor:
         """predict for every chunk at once: x_t [N, L, *chunk_shape] at times t [N, L], each chunk behind its own clean past."""
@@ -284,34 +305,39 @@ class Generator(nn.Module):
 
 class Noise(NamedTuple):
     """All noise of a rollout, drawn before it: what branches share and where they differ is in plain sight."""
-    initial: Tensor         # [L, N, *chunk_shape]           where chunk p starts, ε_p
-    solver: Tensor          # [L, T-1, N, *chunk_shape]      what re-noises its clean predictions
+    initial: Tensor         # [N, L, *chunk_shape]           where chunk p starts, ε_p
+    solver: Tensor          # [N, L, T-1, *chunk_shape]      what re-noises its clean predictions (an FM has none: T-1 is 0)
 
     def repeat(self, times: int) -> "Noise":
         """The noise of each row for `times` branches, in the order of Context.repeat."""
-        return Noise(self.initial.repeat(1, times, 1, 1, 1, 1), self.solver.repeat(1, 1, times, 1, 1, 1, 1))
+        return Noise(*(x.repeat_interleave(times, 0) for x in self))
 
 
 def draw_noise(model: Generator, rows: int, generator: torch.Generator) -> Noise:
-    shape = (rows, *model.chunk_shape)
-    initial = torch.randn(model.chunks, *shape, generator=generator)
-    solver = torch.randn(model.chunks, len(model.timesteps) - 1, *shape, generator=generator)
-    return Noise(initial.to(model.device), solver.to(model.device))
+    solver = 0 if model.flow else len(model.timesteps) - 1
+    noise = torch.randn(rows, model.chunks, 1 + solver, *model.chunk_shape, generator=generator).to(model.device)
+    return Noise(noise[:, :, 0], noise[:, :, 1:])
+
+
+def compared(model: Generator, x_t: Tensor, x0: Tensor, t: float | Tensor, s: float | Tensor) -> Tensor:
+    """What distances are taken between after a step from t down to s. CM: the clean prediction (Eq. 4). FM: x_s, an Euler step of the
+    flow's ODE (Eq. 2). At the last step, s = 0, both are the finished chunk."""
+    return x0 + s / t * (x_t - x0) if model.flow else x0
 
 
 def denoise(model: Generator, context: Context, initial: Tensor, solver: Tensor) -> tuple[Tensor, Tensor]:
-    """One chunk from its noise, as Self-Forcing samples: predict x̂₀, re-noise it to the next time, T times.
+    """One chunk from its noise in T steps. CM, as Self-Forcing samples: predict x̂₀, re-noise it to the next time. FM: Euler.
 
-    initial [N, *chunk_shape], solver [T-1, N, *chunk_shape] -> states x_t and predictions x̂₀,t, both [T, N, *chunk_shape]; the
-    last prediction is the finished chunk.
+    initial [N, *chunk_shape], solver [N, T-1, *chunk_shape] -> states x_t and what is compared, both [N, T, *chunk_shape]; the
+    last of the latter is the finished chunk.
     """
-    x_t, states, predictions = initial, [], []
-    for i, t in enumerate(model.timesteps):
-        if i > 0:
-            x_t = (1 - t) * predictions[-1] + t * solver[i - 1]
+    x_t, states, outputs = initial, [], []
+    for i, (t, s) in enumerate(zip(model.timesteps, (*model.timesteps[1:], 0.0))):
         states.append(x_t)
-        predictions.append(model.predict(x_t, t, context))
-    return torch.stack(states), torch.stack(predictions)
+        outputs.append(compared(model, x_t, model.predict(x_t, t, context), t, s))
+        if s > 0:
+            x_t = outputs[-1] if model.flow else (1 - s) * outputs[-1] + s * solver[:, i]
+    return torch.stack(states, 1), torch.stack(outputs, 1)
 
 
 @torch.no_grad()
@@ -319,7 +345,7 @@ def rollout(model: Generator, context: Context, noise: Noise, start: int, stop: 
     """Stream chunks start..stop-1 behind their context: a list of [N, *chunk_shape], and the context after them."""
     chunks = []
     for p in range(start, stop):
-        chunks.append(denoise(model, context, noise.initial[p], noise.solver[p])[1][-1])
+        chunks.append(denoise(model, context, noise.initial[:, p], noise.solver[:, p])[1][:, -1])
         if p + 1 < model.chunks:
             context = model.extend(context, chunks[-1])
     return chunks, context
@@ -334,30 +360,35 @@ def sample(model: Generator, prompts: list[str], noise: Noise) -> Tensor:
 # ------------------------------------------------------------------ fork
 
 class Fork(NamedTuple):
-    """What the update needs of the G branches of P prompts."""
+    """The G branches of P prompts at the pivot chunk: what the update and the semi-on-policy buffer need of them."""
     context: Context        # h_{p-1}, P rows
-    states: Tensor          # [T, G, P, *chunk_shape]        x_t⁽ⁱ⁾ of the pivot chunk
-    predictions: Tensor     # [T, G, P, *chunk_shape]        x̂₀,t⁽ⁱ⁾, the candidates
-    clips: Tensor           # [G, P, FRAMES, 3, SIZE, SIZE]  the finished clips
+    base: Tensor            # [P, *chunk_shape]              ε_p*
+    states: Tensor          # [P, T, G, *chunk_shape]        x_t⁽ⁱ⁾; the first is ε_p⁽ⁱ⁾
+    candidates: Tensor      # [P, T, G, *chunk_shape]        what is compared: x̂₀,t⁽ⁱ⁾ of a CM; the last is x_p⁽ⁱ⁾
 
 
 @torch.no_grad()
-def fork(model: Generator, prompts: list[str], pivot: int, group: int, sigma: float, noise: Noise,
-         generator: torch.Generator) -> Fork:
-    """Algorithm 1, lines 2 to 5: one prefix, then G branches as one batch. Nothing but ε_p⁽ⁱ⁾ differs between them.
+def fork(model: Generator, prompts: list[str], pivot: int, group: int, radii: tuple[float, ...], noise: Noise,
+         generator: torch.Generator) -> tuple[Fork, Tensor]:
+    """Algorithm 1, lines 2 to 5: one prefix, then G branches as one batch -> the Fork, and the clips [P, G, FRAMES, 3, SIZE, SIZE].
 
-    noise has a row for each of the P prompts; generator draws the δ⁽ⁱ⁾ of Eq. 1.
+    radii: how far branches differ (σ of Eq. 1) in each noise of the pivot chunk: the initial noise, then that of each re-noising.
+    AR-CoPO is (σ, 0, 0, 0): nothing but ε_p⁽ⁱ⁾ differs. SDE-GRPO is (0, 1, 1, 1). The noise of other chunks is always shared.
+    noise has a row for each of the P prompts; generator draws the δ⁽ⁱ⁾.
     """
     P = len(prompts)
     prefix, context = rollout(model, model.begin(prompts), noise, 0, pivot)                     # line 2: once, with P rows
-    branch, shared = context.repeat(group), noise.repeat(group)                                 # line 3: G * P rows
-    initial = neighbor_noise(noise.initial[pivot], sigma, group, generator)                     # line 4: [G, P, *chunk_shape]
-    states, predictions = denoise(model, branch, initial.flatten(0, 1), shared.solver[pivot])   # line 5
-    chunks = [chunk.repeat(group, 1, 1, 1, 1) for chunk in prefix] + [predictions[-1]]
+    branch, shared = context.repeat(group), noise.repeat(group)                                 # line 3: P * G rows
+    own = torch.cat([noise.initial[:, pivot, None], noise.solver[:, pivot]], 1)                 # [P, 1 + solver, *chunk_shape]
+    own = [neighbor_noise(own[:, i], radius, group, generator) for i, radius in enumerate(radii)]       # line 4: [G, P, *chunk_shape]
+    own = torch.stack(own, 2).transpose(0, 1).flatten(0, 1)                                     # [P * G, 1 + solver, *chunk_shape]
+    states, outputs = denoise(model, branch, own[:, 0], own[:, 1:])                             # line 5
+    chunks = [chunk.repeat_interleave(group, 0) for chunk in prefix] + [outputs[:, -1]]
     if pivot + 1 < model.chunks:
-        chunks += rollout(model, model.extend(branch, predictions[-1]), shared, pivot + 1, model.chunks)[0]
-    clips = model.decode(torch.stack(chunks, 1)).unflatten(0, (group, P))
-    return Fork(context, states.unflatten(1, (group, P)), predictions.unflatten(1, (group, P)), clips)
+        chunks += rollout(model, model.extend(branch, outputs[:, -1]), shared, pivot + 1, model.chunks)[0]
+    clips = model.decode(torch.stack(chunks, 1)).unflatten(0, (P, group))
+    states, outputs = (x.unflatten(0, (P, group)).transpose(1, 2) for x in (states, outputs))
+    return Fork(context, noise.initial[:, pivot], states, outputs), clips
 
 
 # ------------------------------------------------------------------ objective (pure functions of tensors: lift them out)
@@ -370,6 +401,8 @@ def neighbor_noise(base: Tensor, sigma: float, group: int, generator: torch.Gene
     """
     if not 0 <= sigma <= 1:
         raise ValueError(f"sigma must be in [0, 1], got {sigma}")
+    if sigma == 0:
+        return base.expand(group, *base.shape)
     device = generator.device if generator else base.device
     delta = torch.randn(group, *base.shape, generator=generator, device=device).to(base)
     return (1 - sigma**2) ** 0.5 * base + sigma * delta
@@ -400,15 +433,22 @@ def surrogate_log_policy(candidates: Tensor, anchor: Tensor, tau: float) -> Tens
     return F.log_softmax(-d / tau, 0)
 
 
-def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip: float | None) -> Tensor:
+def gaussian_log_policy(x: Tensor, mean: Tensor, std: float) -> Tensor:
+    """log N(x; mean, std² I): the policy of SDE-GRPO (DanceGRPO, Flow-GRPO), where x is what a re-noising step made of its mean.
+
+    x [N, ...] is constant, mean [N, ...] carries the gradient -> [N]; a plain sum over all other axes, not their mean.
+    """
+    z = (x - mean).flatten(1) / std
+    return -(z.square() + math.log(2 * math.pi * std**2)).sum(1) / 2
+
+
+def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:
     """J = 1/G Σ_i min(ρ⁽ⁱ⁾ A⁽ⁱ⁾, clip(ρ⁽ⁱ⁾, 1-ε, 1+ε) A⁽ⁱ⁾) (Eq. 3), a scalar to be MAXIMISED.
 
-    log_ratio [..., G] = log π_θ - log π_old, advantages broadcast to it; leading axes (steps, prompts, anchors) are averaged.
-    clip=None is no clip (the paper's off-policy baseline).
+    log_ratio [..., G] = log π_θ - log π_old, advantages broadcast to it; leading axes (prompts, steps, anchors) are averaged.
+    clip = inf is no clip (the paper's off-policy baseline).
     """
     ratio = log_ratio.exp()
-    if clip is None:
-        return (ratio * advantages).mean()
     return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
 
 
@@ -485,43 +525,61 @@ def merge_adapters(*terms: tuple[Adapter, float]) -> Adapter:
 # ------------------------------------------------------------------ training
 
 def replay(model: Generator, branches: Fork, anchors: Tensor) -> Tensor:
-    """x̂₀,t^(θ) (Eq. 4): predict anew from the anchors' stored states -> [T, B, P, *chunk_shape]. All that is differentiated.
+    """Eq. 4: predict anew from the anchors' stored states -> what is compared, [P, T, B, *chunk_shape]. All that is differentiated.
 
     All steps run as one batch; one step at a time gives the same and needs a T-th of the memory.
     """
-    states = branches.states[:, anchors]
-    T, B, P = states.shape[:3]
-    t = torch.tensor(model.timesteps, device=states.device).repeat_interleave(B * P)
-    return model.predict(states.flatten(0, 2), t, branches.context.repeat(T * B)).view_as(states)
+    x_t = branches.states[:, :, anchors]
+    P, T, B = x_t.shape[:3]
+    t, s = (torch.tensor(z, device=x_t.device).repeat_interleave(B).repeat(P)
+            for z in (model.timesteps, (*model.timesteps[1:], 0.0)))                            # [P * T * B] each
+    x0 = model.predict(x_t.flatten(0, 2), t, branches.context.repeat(T * B)).view_as(x_t)
+    return compared(model, x_t, x0, *(z.view(P, T, B, 1, 1, 1, 1) for z in (t, s)))
 
 
-def log_policies(branches: Fork, x0: Tensor, tau: float) -> Tensor:
-    """log π_θ(i | s_t) for every step, prompt and anchor: replayed x0 [T, B, P, *chunk_shape] -> [T, P, B, G]."""
+def contrastive_log_policies(branches: Fork, replayed: Tensor, tau: float) -> Tensor:
+    """log π_θ(i | s_t) for every prompt, step and anchor: replayed [P, T, B, *chunk_shape] -> [P, T, B, G]."""
     policy = lambda candidates, anchor: surrogate_log_policy(candidates, anchor, tau * anchor.numel())
-    for axes in ((None, 0), (1, 1), (0, 0)):                   # over anchors, prompts, steps
+    for axes in ((None, 0), (0, 0), (0, 0)):                   # over anchors, steps, prompts
         policy = torch.vmap(policy, axes)
-    return policy(branches.predictions, x0)
+    return policy(branches.candidates, replayed)
 
 
-def update(model: Generator, branches: Fork, advantages: Tensor, optimizer: torch.optim.Optimizer, settings: Settings,
-           generator: torch.Generator) -> dict:
-    """Algorithm 1, lines 8 and 9: a few steps up J on the pivot chunk only. advantages [P, G] -> diagnostics:
+def sde_log_policies(branches: Fork, replayed: Tensor, timesteps: tuple[float, ...]) -> Tensor:
+    """SDE-GRPO: log-probability of each re-noising x_s⁽ⁱ⁾ ~ N((1-s) x̂₀^(θ), s² I), a mean over elements as in Flow-GRPO's code.
 
-    ratio_first (mean at the first update: 1), clip_fraction (terms whose gradient the clip stops, at the last update), grad_norm
-    (mean over updates), replay_error (largest difference of replay and rollout before any update), skipped (non-finite updates).
+    replayed [P, T, G, *chunk_shape] (each branch is its own anchor) -> [P, T-1, 1, G].
     """
-    parameters = [p for options in optimizer.param_groups for p in options["params"]]
-    anchors = torch.randperm(settings.group, generator=generator)[: settings.anchors]
-    old, ratios, norms, skipped = None, [], [], 0
-    for _ in range(settings.updates):
-        x0 = replay(model, branches, anchors)                                                   # line 8
-        log_policy = log_policies(branches, x0, settings.tau)
+    steps = [gaussian_log_policy(branches.states[:, i].flatten(0, 1), (1 - s) * replayed[:, i - 1].flatten(0, 1), s)
+             for i, s in enumerate(timesteps) if i > 0]
+    return torch.stack(steps, 1).view(*replayed.shape[:1], replayed.shape[2], -1).transpose(1, 2)[:, :, None] / replayed[0, 0, 0].numel()
+
+
+def update(model: Generator, adapter: Adapter, branches: Fork, anchors: Tensor, advantages: Tensor, log_policies: Callable,
+           optimizer: torch.optim.Optimizer, updates: int, clip: float, from_reference: bool = False) -> dict:
+    """Algorithm 1, lines 8 and 9: a few steps up J on the pivot chunk only. advantages [P, G] -> diagnostics.
+
+    log_policies(branches, replayed) -> log π_θ [P, T, B, G]. π_old is the policy before these updates or, from_reference, the model
+    without the adapter: then the clip is a trust region around it (Sec. 3.3).
+    Diagnostics: ratio_first (mean at the first update: 1 on-policy), clip_fraction (terms whose gradient the clip stops, at the last
+    update), grad_norm (mean over updates), replay_error (largest difference of replay and rollout at first), skipped (not finite).
+    """
+    parameters, ratios, norms, skipped, old = adapter.parameters(), [], [], 0, None
+    if from_reference:
+        with torch.no_grad():
+            old = log_policies(branches, replay(model, branches, anchors))
+    for _ in range(updates):
+        with adapter.on(model):
+            replayed = replay(model, branches, anchors)                                         # line 8
+        log_policy = log_policies(branches, replayed)
         if old is None:
             # π_old from this very replay and not from the rollout, which ran another batch size and, in bf16 on some devices, is
             # rounded otherwise: the first ratio is exp(x - x), exactly 1, and its gradient is that of log π_θ all the same.
-            old, replay_error = log_policy.detach(), (x0.detach() - branches.predictions[:, anchors]).abs().max()
+            old = log_policy.detach()
+        if not ratios:
+            replay_error = (replayed.detach() - branches.candidates[:, :, anchors]).abs().max()
         log_ratio = log_policy - old
-        J = clipped_objective(log_ratio, advantages[:, None], settings.clip_range)
+        J = clipped_objective(log_ratio, advantages[:, None, None], clip)
         optimizer.zero_grad()
         (-J).backward()                                                                         # line 9
         ratios.append(log_ratio.detach().exp())
@@ -530,56 +588,128 @@ def update(model: Generator, branches: Fork, advantages: Tensor, optimizer: torc
             optimizer.step()
         else:
             skipped += 1
-    clipped = ((ratios[-1] - 1) * advantages[:, None].sign() > settings.clip_range).float().mean()
+    clipped = ((ratios[-1] - 1) * advantages[:, None, None].sign() > clip).float().mean()
     return {"ratio_first": ratios[0].mean().item(), "clip_fraction": clipped.item(), "grad_norm": torch.stack(norms).mean().item(),
             "replay_error": replay_error.item(), "skipped": skipped}
 
 
-def iterate(model: Generator, prompts: list[str], reward: Callable, optimizer: torch.optim.Optimizer, settings: Settings,
-            generator: torch.Generator) -> dict:
-    """One iteration of Algorithm 1 for P prompts -> a row of metrics: the pivot (from 1), means of reward and components, deviation
-    (of the reward inside a group), flat_groups (share of them with a deviation below the floor), update's diagnostics, seconds.
+def explore(model: Generator, reward: Callable, prompts: int, group: int, radii: tuple[float, ...],
+            generator: torch.Generator) -> tuple[int, Fork, dict[str, Tensor]]:
+    """Algorithm 1, lines 1 to 5, for training prompts at random -> the pivot, the Fork, and {"reward", any components: [P, G]}.
 
     reward(clips [N, FRAMES, 3, SIZE, SIZE], prompts) -> {"reward": [N], any components: [N]}.
     """
-    began, P, G = time.perf_counter(), settings.prompts, settings.group
-    prompts = [prompts[i] for i in torch.randperm(len(prompts), generator=generator)[:P]]
+    chosen = [TRAIN_PROMPTS[i] for i in torch.randperm(len(TRAIN_PROMPTS), generator=generator)[:prompts]]
     pivot = int(torch.randint(model.chunks, (), generator=generator))                           # line 1
-    branches = fork(model, prompts, pivot, G, settings.sigma, draw_noise(model, P, generator), generator)
-    scores = reward(branches.clips.flatten(0, 1), prompts * G)
-    rewards = scores["reward"].view(G, P).T                                                     # [P, G]
-    advantages = group_advantages(rewards, settings.quasi_norm or None, settings.floor).to(model.device)        # line 7
-    deviation = rewards.std(1, correction=0)
-    row = {"pivot": pivot + 1} | {name: value.mean().item() for name, value in scores.items()}
-    row |= {"deviation": deviation.mean().item(), "flat_groups": (deviation < settings.floor).float().mean().item()}
-    return row | update(model, branches, advantages, optimizer, settings, generator) | {"seconds": time.perf_counter() - began}
+    branches, clips = fork(model, chosen, pivot, group, radii, draw_noise(model, prompts, generator), generator)
+    scores = reward(clips.flatten(0, 1), [prompt for prompt in chosen for _ in range(group)])
+    return pivot, branches, {name: value.view(prompts, group).to(model.device) for name, value in scores.items()}
+
+
+Buffer = dict[int, dict[str, Tensor]]
+"""The fixed groups of semi-on-policy training (Sec. 3.3) by their pivot: (h_{p-1}, ε_p*, {ε_p⁽ⁱ⁾}, {x_p⁽ⁱ⁾ and its states}, {r⁽ⁱ⁾}), that
+is, a Fork's tensors and "reward" [rows, G], a row for each group. Rolled out once by the reference policy; nothing writes to it again."""
+
+
+def collect_buffer(rollouts: Callable, size: int, prompts: int, seed: int) -> Buffer:
+    """`size` groups, `prompts` at a time. rollouts(prompts, generator) is explore of the reference policy: no adapter may be on."""
+    found, bar = {}, tqdm(total=size, desc="buffer", unit="group")
+    for first in range(0, size, prompts):
+        pivot, branches, scores = rollouts(min(prompts, size - first), seeded(seed, BUFFER, first))
+        found.setdefault(pivot, []).append(branches.context._asdict() | {name: x.half() for name, x in branches._asdict().items()
+                                                                         if name != "context"} | {"reward": scores["reward"]})
+        bar.update(len(branches.base))
+    bar.close()
+    return {pivot: {name: torch.cat([part[name] for part in parts]) for name in parts[0]} for pivot, parts in sorted(found.items())}
+
+
+def draw_from(buffer: Buffer, prompts: int, generator: torch.Generator) -> tuple[int, Fork, dict[str, Tensor]]:
+    """Groups of the buffer at random, as explore gives them: up to `prompts` of those that were forked at the same chunk."""
+    counts = torch.tensor([len(groups["reward"]) for groups in buffer.values()], dtype=torch.float32)
+    pivot = list(buffer)[int(torch.multinomial(counts, 1, generator=generator))]
+    rows = torch.randperm(len(buffer[pivot]["reward"]), generator=generator)[:prompts]
+    groups = {name: x[rows.to(x.device)] for name, x in buffer[pivot].items()}                  # copies: the buffer stays as it is
+    context = Context(*(groups[name] for name in Context._fields))
+    return pivot, Fork(context, *(groups[name].float() for name in Fork._fields[1:])), {"reward": groups["reward"]}
+
+
+def save_buffer(buffer: Buffer, file: Path, about: dict) -> None:
+    write_weights(file, {f"{pivot}.{name}": x for pivot, groups in buffer.items() for name, x in groups.items()},
+                  {"buffer": json.dumps(about)})
+
+
+def load_buffer(file: str, about: dict, device: str) -> Buffer:
+    """Raises UserError for a file that is missing, broken or was made with another base, reward or neighbourhood than `about` says."""
+    tensors, metadata = read_weights(file, "--buffer")
+    made = json.loads(metadata.get("buffer", "{}"))
+    for name, value in about.items():
+        if made.get(name) != value:
+            raise UserError(f"--buffer {file}: made with {name} {made.get(name)}, not {value}; collect another by leaving --buffer out")
+    buffer = {}
+    for name, x in sorted(tensors.items()):
+        buffer.setdefault(int(name.split(".")[0]), {})[name.split(".")[1]] = x.to(device)
+    return buffer
 
 
 def mean_of(rows: list[dict], column: str) -> float:
     return mean([row[column] for row in rows if math.isfinite(row[column])] or [math.nan])
 
 
-def align(model: Generator, reward: Callable, settings: Settings, folder: Path) -> tuple[Adapter, list[dict]]:
-    """Train one on-policy adapter; the base stays as it is. Writes metrics.csv row by row and adapter.safetensors at the end."""
+def radii_of(method: str, model: Generator, sigma: float) -> tuple[float, ...]:
+    """Where the branches of a group differ, and how far (see fork)."""
+    solver = 0 if model.flow else len(model.timesteps) - 1
+    return (0.0, *[1.0] * solver) if method == "sde-grpo" else (sigma, *[0.0] * solver)
+
+
+def align(method: str, model: Generator, reward: Callable, settings: Settings, folder: Path, buffer: Buffer | None = None) -> tuple:
+    """Train one adapter; the base stays as it is. One loop for every method:
+
+    method        groups from          exploration            π_old            ratio clip
+    on-policy     the current policy   initial noise (Eq. 1)  current policy   ε
+    semi          the buffer           initial noise          reference        ε             (Sec. 3.3)
+    off-policy    the buffer           initial noise          reference        none          (Table 2)
+    sde-grpo      the current policy   solver noise           current policy   ε             (Sec. 3.2, the baseline)
+
+    Writes {method}.csv (a row of metrics for each iteration), {method}-curve.csv (held-out prompts judged every few iterations) and
+    {method}.safetensors into the folder.
+    """
+    G, P = settings.group, settings.prompts
     adapter = Adapter.new(model, settings.rank, settings.alpha, seeded(settings.seed, ADAPTER))
     optimizer = torch.optim.AdamW(adapter.parameters(), settings.lr, weight_decay=0)
-    rows, skipped = [], 0
-    with adapter.on(model), open(folder / "metrics.csv", "w", newline="") as file:
-        bar = tqdm(range(settings.steps), desc="on-policy", unit="it")
-        for step in bar:
-            generator = seeded(settings.seed, TRAINING, step)
-            row = {"step": step + 1} | iterate(model, TRAIN_PROMPTS, reward, optimizer, settings, generator)
-            if not rows:
-                writer = csv.DictWriter(file, row)
-                writer.writeheader()
-            writer.writerow(row)
-            file.flush()
-            rows.append(row)
+    if method == "sde-grpo":
+        log_policies = lambda branches, replayed: sde_log_policies(branches, replayed, model.timesteps)
+    else:
+        log_policies = lambda branches, replayed: contrastive_log_policies(branches, replayed, settings.tau)
+    clip, radii = math.inf if method == "off-policy" else settings.clip_range, radii_of(method, model, settings.sigma)
+    draws, updates = (1, settings.updates) if buffer is None else (settings.updates, 1)         # a buffer gives each update its own
+    metrics, curve, skipped = Rows(folder / f"{method}.csv"), Rows(folder / f"{method}-curve.csv"), 0
+    bar = tqdm(range(settings.steps + 1), desc=method, unit="it", total=settings.steps)
+    for step in bar:
+        if step % settings.judge_every == 0 or step == settings.steps:
+            with adapter.on(model):
+                judged = evaluate(*held_out_clips(model, CURVE_SAMPLES, settings.seed, CURVE), reward)
+            curve.add({"step": step} | {name: value.mean().item() for name, value in judged.items()})
+        if step == settings.steps:
+            break
+        began, generator = time.perf_counter(), seeded(settings.seed, TRAINING, step)
+        for _ in range(draws):
+            if buffer is None:
+                with adapter.on(model):
+                    pivot, branches, scores = explore(model, reward, P, G, radii, generator)
+            else:
+                pivot, branches, scores = draw_from(buffer, P, generator)
+            anchors = torch.arange(G) if method == "sde-grpo" else torch.randperm(G, generator=generator)[: settings.anchors]
+            advantages = group_advantages(scores["reward"], settings.quasi_norm or None, settings.floor)        # line 7
+            row = update(model, adapter, branches, anchors, advantages, log_policies, optimizer, updates, clip, buffer is not None)
             skipped += row["skipped"]
-            bar.set_postfix_str(f"reward {mean_of(rows[-10:], 'reward'):+.2f}, clipped {row['clip_fraction']:.0%}, "
-                                f"flat {row['flat_groups']:.0%}" + (f", skipped {skipped} non-finite" if skipped else ""))
-    adapter.save(folder / "adapter.safetensors")
-    return adapter, rows
+        deviation = scores["reward"].std(1, correction=0)
+        metrics.add({"step": step + 1, "pivot": pivot + 1} | {name: value.mean().item() for name, value in scores.items()}
+                    | {"deviation": deviation.mean().item(), "flat_groups": (deviation < settings.floor).float().mean().item()}
+                    | row | {"seconds": time.perf_counter() - began})
+        bar.set_postfix_str(f"reward {mean_of(metrics.rows[-10:], 'reward'):+.2f}, held out {judged['reward'].mean():+.2f}, "
+                            f"clipped {row['clip_fraction']:.0%}" + (f", skipped {skipped} non-finite" if skipped else ""))
+    adapter.save(folder / f"{method}.safetensors")
+    return adapter, curve.rows
 
 
 # ------------------------------------------------------------------ base model
@@ -609,7 +739,7 @@ def write_weights(file: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def save_generator(model: Generator, file: Path) -> None:
-    shape = {"width": model.width, "layers": model.layers, "heads": model.heads, "timesteps": model.timesteps}
+    shape = {"width": model.width, "layers": model.layers, "heads": model.heads, "timesteps": model.timesteps, "flow": model.flow}
     write_weights(file, {name: t.bfloat16() for name, t in model.state_dict().items()}, {"generator": json.dumps(shape)})
 
 
@@ -700,7 +830,7 @@ def pretrain(settings: Settings) -> None:
     torch.manual_seed(settings.seed)
     shape = {name: getattr(settings, name) for name in ("width", "layers", "heads")}
     folder.mkdir(parents=True, exist_ok=True)
-    teacher = Generator(**shape, bf16=settings.precision == "bf16").to(settings.device)
+    teacher = Generator(**shape, timesteps=FLOW_TIMESTEPS, flow=True, bf16=settings.precision == "bf16").to(settings.device)
     fit("teacher", teacher, None, settings.teacher_steps, 2e-3, settings, folder)
     save_generator(teacher, folder / "teacher.safetensors")
     student = Generator(**shape, bf16=settings.precision == "bf16").to(settings.device)
@@ -712,8 +842,24 @@ def pretrain(settings: Settings) -> None:
 
 # ------------------------------------------------------------------ evaluation
 
-COLUMNS = {"reward": "reward", "ta": "TA", "vq": "VQ", "mq": "MQ", "all_right": "right", "text": "text", "visual": "visual",
-           "motion_quality": "motion", "area": "area", "displacement": "displ.", "spread": "spread"}
+COLUMNS = {"reward": "reward", "ta": "TA", "vq": "VQ", "mq": "MQ", "judge": "judge", "text": "text", "visual": "visual",
+           "motion_quality": "motion", "all_right": "right", "area": "area", "displacement": "displ.", "spread": "spread"}
+CURVE_SAMPLES = 2                        # clips of each held-out prompt for a point of a curve
+
+
+class Rows:
+    """A CSV file, written row by row."""
+
+    def __init__(self, file: Path):
+        self.file, self.rows = file, []
+
+    def add(self, row: dict) -> None:
+        with open(self.file, "a" if self.rows else "w", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if not self.rows:
+                writer.writeheader()
+            writer.writerow(row)
+        self.rows.append(row)
 
 
 @torch.no_grad()
@@ -723,29 +869,46 @@ def sample_batches(model: Generator, prompts: list[str], generator: torch.Genera
                       for i in range(0, len(prompts), size)])
 
 
+def held_out_clips(model: Generator, samples: int, seed: int, stream: int) -> tuple[Tensor, list[str]]:
+    """`samples` clips of each held-out prompt, and the prompt of each clip."""
+    prompts = [prompt for prompt in HELD_OUT_PROMPTS for _ in range(samples)]
+    return sample_batches(model, prompts, seeded(seed, stream)), prompts
+
+
 def evaluate(clips: Tensor, prompts: list[str], reward: Callable) -> dict[str, Tensor]:
     """Rewards, judge and detectors of collapse, each [prompts]: means over the clips of a prompt, which must follow each other.
 
-    spread: how far, in px, the clips of one prompt lie apart (deviation of their mean positions); 0 when they are all the same.
+    judge: mean of text, visual and motion quality, in [0, 1]. spread: how far, in px, the clips of one prompt lie apart (deviation
+    of their mean positions); 0 when they are all the same.
     """
     scores = reward(clips, prompts) | judge(clips, prompts)
     per_prompt = len(prompts) // len(set(prompts))
     scores = {name: value.float().cpu().view(-1, per_prompt) for name, value in scores.items()}
     spread = (scores.pop("x").var(1, correction=0) + scores.pop("y").var(1, correction=0)).sqrt()
-    return {name: value.mean(1) for name, value in scores.items()} | {"spread": spread}
+    total = (scores["text"] + scores["visual"] + scores["motion_quality"]) / 3
+    return {name: value.mean(1) for name, value in scores.items()} | {"judge": total.mean(1), "spread": spread}
 
 
-def table(results: dict[str, dict[str, Tensor]]) -> str:
-    """Means by model, and the mean change from the first model with the standard error of its paired differences over prompts."""
-    lines = [" " * 10 + f"{'reward model (open_clip)':>36} {'judge, in [0, 1]':>35} {'px², px, px':>27}",
-             " " * 10 + "".join(f"{title:>9}" for title in COLUMNS.values())]
+def choose_strength(scores: dict[float, tuple[float, float]], base: tuple[float, float]) -> float | None:
+    """The rule of Sec. 4.4: the largest s that improves both (in-domain reward, independent judge) over the base; None if none does.
+
+    A higher reward alone is not accepted as better: that is how reward hacking looks. Equal, or NaN, is not improved.
+    """
+    return max((s for s, (reward, judged) in scores.items() if reward > base[0] and judged > base[1]), default=None)
+
+
+def table(results: dict[str, dict[str, Tensor]], compare: list[str], marked: str = "") -> str:
+    """Means by model; below those to compare the mean change from the first and the standard error of its paired differences over
+    prompts; * at the marked one."""
+    lines = [f"{'':<12}{'reward model (open_clip)':>32}{'judge, in [0, 1]':>40}{'px², px, px':>24}",
+             f"{'':<12}" + "".join(f"{title:>8}" for title in COLUMNS.values())]
     first = next(iter(results.values()))
     for name, scores in results.items():
-        lines.append(f"{name:<10}" + "".join(f"{scores[c].mean().item():>9.3f}" for c in COLUMNS))
-    for name, scores in list(results.items())[1:]:
-        change = {c: scores[c] - first[c] for c in COLUMNS}
-        lines.append(f"{'  change':<10}" + "".join(f"{d.mean().item():>+9.3f}" for d in change.values()))
-        lines.append(f"{'  ± s.e.':<10}" + "".join(f"{d.std().item() / len(d) ** 0.5:>9.3f}" for d in change.values()))
+        lines.append(f"{name + (' *' if name == marked else ''):<12}" + "".join(f"{scores[c].mean().item():>8.3f}" for c in COLUMNS))
+        if name in compare:
+            change = {c: scores[c] - first[c] for c in COLUMNS}
+            lines.append(f"{'  change':<12}" + "".join(f"{d.mean().item():>+8.3f}" for d in change.values()))
+            lines.append(f"{'  ± s.e.':<12}" + "".join(f"{d.std().item() / len(d) ** 0.5:>8.3f}" for d in change.values()))
     return "\n".join(lines)
 
 
@@ -776,44 +939,171 @@ def save_filmstrip(clips: Tensor, file: Path, scale: int = 2) -> None:
     iio.imwrite(file, (image * 255).round().byte().cpu().numpy(), extension=".png")
 
 
+# ------------------------------------------------------------------ studies
+
+def study_entropy(model: Generator, reward: Callable, settings: Settings, folder: Path) -> str:
+    """Fig. 6: share all noise, redraw one source of the pivot chunk's at a time, and see how much the clip changes.
+
+    Writes entropy.csv: for each source and pivot the deviation between branches of the pixels in [0, 1] (root mean square over prompts,
+    pixels and the frames of the pivot chunk, and of all chunks from there on) and of the reward (mean over prompts), and entropy.png:
+    for one prompt a block for each source (down) and pivot (across), with the chunks' middle frames of three branches.
+    """
+    branches = 4
+    sources = ["nothing", "initial noise"] + ([] if model.flow else [f"solver noise {i}" for i in range(1, len(model.timesteps))])
+    rows, pictures = Rows(folder / "entropy.csv"), {}
+    for pivot in tqdm(range(model.chunks), desc="entropy", unit="pivot"):
+        for i, source in enumerate(sources):
+            radii = tuple(float(k + 1 == i) for k in range(max(1, len(sources) - 1)))
+            noise, generator = draw_noise(model, len(HELD_OUT_PROMPTS), seeded(settings.seed, STUDY)), seeded(settings.seed, STUDY, i)
+            clips = fork(model, HELD_OUT_PROMPTS, pivot, branches, radii, noise, generator)[1]      # [P, G, FRAMES, 3, H, W]
+            scores = reward(clips.flatten(0, 1), [p for p in HELD_OUT_PROMPTS for _ in range(branches)])["reward"]
+            chunks = clips.unflatten(2, (model.chunks, -1))
+            chunks = (chunks - chunks[:, :1]).var(1, correction=0)[:, pivot:]                   # [P, L - p, frames, 3, H, W]
+            rows.add({"source": source, "pivot": pivot + 1, "pivot_chunk": chunks[:, 0].mean().sqrt().item(),
+                      "rest_of_clip": chunks.mean().sqrt().item(),
+                      "reward": scores.view(-1, branches).std(1, correction=0).mean().item()})
+            pictures[source, pivot] = clips[0, :3, CHUNK_FRAMES // 2 :: CHUNK_FRAMES]           # [3, L, 3, H, W]
+    image = torch.cat([torch.cat([F.pad(pictures[source, p], (1, 1, 1, 1), value=0.5).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+                                  for p in range(model.chunks)], 1) for source in sources[1:]])
+    iio.imwrite(folder / "entropy.png", (image * 255).round().byte().cpu().numpy(), extension=".png")
+    lines = [f"{'deviation between branches':<28}" + "".join(f"{f'pivot {p + 1}':>9}" for p in range(model.chunks))]
+    for column in ("pivot_chunk", "rest_of_clip", "reward"):
+        for source in sources:
+            values = [row[column] for row in rows.rows if row["source"] == source]
+            lines.append(f"{column.replace('_', ' ') + ', ' + source:<28}" + "".join(f"{value:>9.4f}" for value in values))
+    return "\n".join(lines)
+
+
+def study_cost(model: Generator, reward: Callable, settings: Settings, folder: Path) -> str:
+    """Claim of Sec. 3.2: seconds of a fork at each chunk and its update, beside sequence-level GRPO with the same G rollouts, where each
+    runs all L chunks and the gradient goes through every step of every chunk of all of them. Writes cost.csv, a row for each round."""
+    P, G, rounds, rows = settings.prompts, settings.group, 3, Rows(folder / "cost.csv")
+    adapter = Adapter.new(model, settings.rank, settings.alpha, seeded(settings.seed, ADAPTER))
+    optimizer = torch.optim.AdamW(adapter.parameters(), settings.lr, weight_decay=0)
+    advantages = torch.randn(P, G, generator=seeded(settings.seed, STUDY)).to(model.device)
+    contrastive = lambda branches, replayed: contrastive_log_policies(branches, replayed, settings.tau)
+    sequence = contrastive if model.flow else lambda branches, replayed: sde_log_policies(branches, replayed, model.timesteps)
+
+    def seconds(call: Callable) -> tuple[float, object]:
+        began = time.perf_counter()
+        result = call()
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began, result
+
+    for step in tqdm(range(rounds + 1), desc="cost", unit="round"):
+        row, whole = {}, 0.0
+        for p in range(model.chunks):
+            generator = seeded(settings.seed, STUDY, step)
+            noise = draw_noise(model, P, generator)
+            with adapter.on(model):
+                forked, (branches, _) = seconds(lambda: fork(model, TRAIN_PROMPTS[:P], p, G, radii_of("on-policy", model, settings.sigma),
+                                                             noise, generator))
+            one, _ = seconds(lambda: update(model, adapter, branches, torch.arange(settings.anchors), advantages, contrastive, optimizer,
+                                            settings.updates, settings.clip_range))
+            every, _ = seconds(lambda: update(model, adapter, branches, torch.arange(G), advantages, sequence, optimizer,
+                                              settings.updates, settings.clip_range))
+            row |= {f"fork_{p + 1}": forked, f"update_{p + 1}": one}
+            whole += every
+        if step > 0:                                           # the first round warms up
+            rows.add(row | {"sequence_rollouts": row["fork_1"], "sequence_update": whole})
+    columns = {name: [row[name] for row in rows.rows] for name in rows.rows[0]}
+    show = lambda names: f"{mean(map(sum, zip(*(columns[n] for n in names)))):>12.2f}"
+    lines = [f"{'seconds of an iteration':<28}{'rollouts':>12}{'update':>12}{'together':>12}"]
+    for name, parts in [(f"fork at chunk {p + 1}", (f"fork_{p + 1}", f"update_{p + 1}")) for p in range(model.chunks)] + [
+            ("sequence-level GRPO", ("sequence_rollouts", "sequence_update"))]:
+        lines.append(f"{name:<28}" + "".join(show([part]) for part in parts) + show(parts))
+    return "\n".join(lines)
+
+
 # ------------------------------------------------------------------ main
 
-def run_alignment(settings: Settings) -> None:
-    """Align, judge base and aligned model on held-out prompts with the same noise, report, and leave it all in the run's folder."""
+def parse_sweep(text: str) -> list[float]:
+    try:
+        strengths = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        strengths = []
+    if not strengths or not all(0 < s <= 10 for s in strengths):
+        raise UserError(f"--sweep {text}: expected strengths above 0 and up to 10, as 0.4,0.6,0.8,1")
+    return strengths
+
+
+def fingerprint(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for x in module.state_dict().values():
+        digest.update(x.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def run(settings: Settings) -> None:
+    """A training, the recipe, or a study: check the input, load base and reward, and leave all that comes of it in a folder."""
     folder = Path(settings.out or time.strftime("runs/%Y%m%d-%H%M%S"))
     check_folder(folder, new=True)
     weights = parse_weights(settings.reward_weights)
     model = load_generator(settings.base, settings.device, settings.precision == "bf16")
+    if model.flow and settings.method == "sde-grpo":
+        raise UserError(f"--method sde-grpo: --base {settings.base} is a flow-matching model, whose sampler adds no noise between steps")
     scorer = ClipReward(settings.clip, settings.device)
+    about = {"base": fingerprint(model), "clip": fingerprint(scorer.model), "reward_weights": weights, "group": settings.group,
+             "sigma": settings.sigma}
+    buffer = load_buffer(settings.buffer, about, settings.device) if settings.buffer else None
     reference = sample_batches(model, TRAIN_PROMPTS, seeded(0, CALIBRATION))                    # the same for all seeds: one scale
     reward = WeightedReward(scorer, weights, reference, TRAIN_PROMPTS)
     folder.mkdir(parents=True, exist_ok=True)
     record = dataclasses.asdict(settings) | {"reward_scales": reward.scales}
     (folder / "settings.json").write_text(json.dumps(record, indent=1) + "\n")
+    if settings.study:
+        report = {"entropy": study_entropy, "cost": study_cost}[settings.study](model, reward, settings, folder)
+    else:
+        report = train_and_judge(model, reward, settings, folder, buffer, about)
+    print(f"\n{report}\n{'run folder':<24}{folder}: {' '.join(sorted(file.name for file in folder.iterdir()))}")
 
-    adapter, rows = align(model, reward, settings, folder)
-    prompts = [prompt for prompt in HELD_OUT_PROMPTS for _ in range(settings.judge_samples)]
-    base = sample_batches(model, prompts, seeded(settings.seed, JUDGING))
-    with adapter.on(model):
-        aligned = sample_batches(model, prompts, seeded(settings.seed, JUDGING))
-    results = {"base": evaluate(base, prompts, reward), "on-policy": evaluate(aligned, prompts, reward)}
-    shown = [clips[:: len(prompts) // 8] for clips in (base, aligned)]                          # of 8 prompts the first clip
-    save_gif([clips.unflatten(0, (2, 4)) for clips in shown], folder / "base_aligned.gif")
-    save_filmstrip(torch.stack(shown, 1), folder / "base_aligned.png")
-    means = {name: {column: value.mean().item() for column, value in scores.items()} for name, scores in results.items()}
-    (folder / "judged.json").write_text(json.dumps(means, indent=1) + "\n")
-    pivots = [[row for row in rows if row["pivot"] == p + 1] for p in range(model.chunks)]
-    print(f"""
-{len(prompts)} clips of {len(HELD_OUT_PROMPTS)} held-out prompts, the same noise for both models; the reward is a mean of z-scores:
 
-{table(results)}
+def train_and_judge(model: Generator, reward: Callable, settings: Settings, folder: Path, buffer: Buffer | None, about: dict) -> str:
+    """The paper's recipe, or one training: align, merge, and judge all models on held-out prompts with the same noise -> the report."""
+    began, adapters, curves = time.perf_counter(), {}, {}
+    for method in [settings.method] if settings.method else ["on-policy", "semi"]:
+        if method in ("semi", "off-policy") and buffer is None:
+            radii = radii_of(method, model, settings.sigma)
+            rollouts = lambda prompts, generator: explore(model, reward, prompts, settings.group, radii, generator)
+            buffer = collect_buffer(rollouts, settings.buffer_groups, settings.prompts, settings.seed)
+            save_buffer(buffer, folder / "buffer.safetensors", about)
+        adapters[method], curves[method] = align(method, model, reward, settings, folder, None if method in ("on-policy", "sde-grpo") else buffer)
+    trained = time.perf_counter() - began
 
-reward by iteration   {sparkline([row["reward"] for row in rows])}
-deviation in a group  {", ".join(f"{mean_of(p, 'deviation'):.3f}" if p else "-" for p in pivots)} with pivot chunk 1 to {model.chunks}
-clipped ratios        {mean_of(rows, "clip_fraction"):.0%}; flat groups {mean_of(rows, "flat_groups"):.0%}; \
-updates skipped as not finite {sum(row["skipped"] for row in rows)}
-time                  {mean_of(rows, "seconds"):.2f} s an iteration on {settings.device}
-run folder            {folder}: {" ".join(sorted(file.name for file in folder.iterdir()))}""")
+    models = {"base": []} | {method: [(adapter, 1.0)] for method, adapter in adapters.items()}
+    merges = {}
+    if not settings.method:
+        on, semi = adapters["on-policy"], adapters["semi"]
+        merges = {f"s = {s:g}": (s, [(semi, 1.0), (on, s)]) for s in parse_sweep(settings.sweep)}
+        models = {"base": [], "semi": [(semi, 1.0)]} | {name: terms for name, (s, terms) in merges.items()} | {"on-policy": [(on, 1.0)]}
+    clips, results, judged = {}, {}, Rows(folder / "judged.csv")
+    for name, terms in tqdm(models.items(), desc="judging", unit="model"):
+        with merge_adapters(*terms).on(model) if terms else nullcontext():
+            clips[name], prompts = held_out_clips(model, settings.judge_samples, settings.seed, JUDGING)
+        results[name] = evaluate(clips[name], prompts, reward)
+        judged.add({"model": name} | {column: results[name][column].mean().item() for column in COLUMNS})
+    both = lambda name: tuple(results[name][column].mean().item() for column in ("reward", "judge"))
+    chosen, rule, shown = "", "", list(models)
+    if not settings.method:
+        s = choose_strength({s: both(name) for name, (s, terms) in merges.items()}, both("base"))
+        chosen = "semi" if s is None else f"s = {s:g}"
+        merge_adapters(*models[chosen]).save(folder / "merged.safetensors")
+        rule = "* the largest s that improves both reward and judge over the base" if s is not None else (
+            "* no s improves both reward and judge over the base: s = 0, the semi-on-policy adapter alone")
+        shown = list(dict.fromkeys(["base", "on-policy", "semi", chosen]))
+    first = [clips[name][:: len(prompts) // 8] for name in shown]                               # of 8 prompts the first clip
+    save_gif([part.unflatten(0, (4, 2)) for part in first], folder / "models.gif")
+    save_filmstrip(torch.stack(first, 1), folder / "models.png")
+    line = lambda method, column: f"{column} {sparkline([row[column] for row in curves[method]])}"
+    return f"""{len(prompts)} clips of {len(HELD_OUT_PROMPTS)} held-out prompts, the same noise for all models; the reward is a mean of z-scores:
+
+{table(results, [name for name in shown if name != "base"], chosen)}
+{rule}
+
+held out, by iteration  {"; ".join(f"{method}: {line(method, 'reward')} {line(method, 'judge')}" for method in adapters)}
+in models.gif           {", ".join(shown)}
+time                    {trained / 60:.1f} min to train on {settings.device}"""
 
 
 def run_sample(settings: Settings) -> None:
@@ -870,7 +1160,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif settings.pretrain:
             pretrain(settings)
         else:
-            run_alignment(settings)
+            run(settings)
     except (UserError, OSError) as error:
         print(f"arcopo: {one_line(error)}", file=sys.stderr)
         return 2
