@@ -88,6 +88,7 @@ class Settings:
     out: str = setting("", "what to do", "folder of the run (default: runs/ and the time, or runs/pretrain); with --sample the GIF (clip.gif)")
     adapter: str = setting("", "what to do", "with --sample: the adapter to apply")
     base: str = setting(str(ASSETS / "base.safetensors"), "what to do", "weights of the base generator")
+    timesteps: str = setting("", "what to do", "times of the sampler, falling from 1, as 1,0.6,0.33,0.14 (default: the base's own)")
     seed: int = setting(0, "what to do", "seed of everything random", "", ("in [0, 2^63)", lambda v: 0 <= v < 2**63))
     device: str = setting("auto", "what to do", "cpu, cuda, cuda:1 ...; auto is CUDA when there is one")
     precision: str = setting("bf16", "what to do", "bf16 (autocast) or fp32", "",
@@ -157,7 +158,8 @@ ADAPTER, TRAINING, CALIBRATION, JUDGING, SAMPLING, BUFFER, CURVE, STUDY = range(
 # ------------------------------------------------------------------ model
 
 PATCH = 8
-TIMESTEPS = (1.0, 0.6, 0.33, 0.14)       # lower than a large model's: a small clip keeps little of its content under strong noise
+TIMESTEPS = (1.0, 0.3, 0.15, 0.07)       # lower than a large model's: a small clip keeps little of its content under strong noise,
+DISTILLED_AT = (1.0, 0.6, 0.33, 0.14)    # and with these, which distillation prefers, solver noise still decides something (see C1)
 FLOW_TIMESTEPS = (1.0, 0.9, 0.78, 0.66, 0.54, 0.42, 0.28, 0.14)      # of the flow-matching teacher
 
 
@@ -555,23 +557,30 @@ def sde_log_policies(branches: Fork, replayed: Tensor, timesteps: tuple[float, .
     return torch.stack(steps, 1).view(*replayed.shape[:1], replayed.shape[2], -1).transpose(1, 2)[:, :, None] / replayed[0, 0, 0].numel()
 
 
-def update(model: Generator, adapter: Adapter, branches: Fork, anchors: Tensor, advantages: Tensor, log_policies: Callable,
-           optimizer: torch.optim.Optimizer, updates: int, clip: float, from_reference: bool = False) -> dict:
-    """Algorithm 1, lines 8 and 9: a few steps up J on the pivot chunk only. advantages [P, G] -> diagnostics.
+class Method(NamedTuple):
+    """What a training method is: where its groups come from, how they explore, their policy, and the clip of its ratio."""
+    radii: tuple[float, ...]            # where, and how far, the branches of a group differ (see fork)
+    log_policies: Callable              # (branches, replayed) -> log π_θ [P, T, B, G]
+    clip: float                         # ε of Eq. 3
+    buffered: bool = False              # groups from the buffer, and π_old that of the reference, instead of the current policy
+    all_anchors: bool = False           # every branch is replayed, each for itself, instead of B of G
 
-    log_policies(branches, replayed) -> log π_θ [P, T, B, G]. π_old is the policy before these updates or, from_reference, the model
-    without the adapter: then the clip is a trust region around it (Sec. 3.3).
-    Diagnostics: ratio_first (mean at the first update: 1 on-policy), clip_fraction (terms whose gradient the clip stops, at the last
-    update), grad_norm (mean over updates), replay_error (largest difference of replay and rollout at first), skipped (not finite).
+
+def update(model: Generator, adapter: Adapter, branches: Fork, anchors: Tensor, advantages: Tensor, method: Method,
+           optimizer: torch.optim.Optimizer, updates: int) -> dict:
+    """Algorithm 1, lines 8 and 9: a few steps up J on the pivot chunk only. advantages [P, G] -> diagnostics:
+
+    ratio_first (mean at the first update; on-policy 1), clip_fraction (terms whose gradient the clip stops, at the last update),
+    grad_norm (mean over updates), replay_error (largest difference of replay and rollout at first), skipped (non-finite updates).
     """
     parameters, ratios, norms, skipped, old = adapter.parameters(), [], [], 0, None
-    if from_reference:
-        with torch.no_grad():
-            old = log_policies(branches, replay(model, branches, anchors))
+    if method.buffered:
+        with torch.no_grad():                                  # the adapter is off: π_old is π_ref, the clip a trust region around it
+            old = method.log_policies(branches, replay(model, branches, anchors))
     for _ in range(updates):
         with adapter.on(model):
             replayed = replay(model, branches, anchors)                                         # line 8
-        log_policy = log_policies(branches, replayed)
+        log_policy = method.log_policies(branches, replayed)
         if old is None:
             # π_old from this very replay and not from the rollout, which ran another batch size and, in bf16 on some devices, is
             # rounded otherwise: the first ratio is exp(x - x), exactly 1, and its gradient is that of log π_θ all the same.
@@ -579,7 +588,7 @@ def update(model: Generator, adapter: Adapter, branches: Fork, anchors: Tensor, 
         if not ratios:
             replay_error = (replayed.detach() - branches.candidates[:, :, anchors]).abs().max()
         log_ratio = log_policy - old
-        J = clipped_objective(log_ratio, advantages[:, None, None], clip)
+        J = clipped_objective(log_ratio, advantages[:, None, None], method.clip)
         optimizer.zero_grad()
         (-J).backward()                                                                         # line 9
         ratios.append(log_ratio.detach().exp())
@@ -588,7 +597,7 @@ def update(model: Generator, adapter: Adapter, branches: Fork, anchors: Tensor, 
             optimizer.step()
         else:
             skipped += 1
-    clipped = ((ratios[-1] - 1) * advantages[:, None, None].sign() > clip).float().mean()
+    clipped = ((ratios[-1] - 1) * advantages[:, None, None].sign() > method.clip).float().mean()
     return {"ratio_first": ratios[0].mean().item(), "clip_fraction": clipped.item(), "grad_norm": torch.stack(norms).mean().item(),
             "replay_error": replay_error.item(), "skipped": skipped}
 
@@ -655,60 +664,68 @@ def mean_of(rows: list[dict], column: str) -> float:
     return mean([row[column] for row in rows if math.isfinite(row[column])] or [math.nan])
 
 
-def radii_of(method: str, model: Generator, sigma: float) -> tuple[float, ...]:
-    """Where the branches of a group differ, and how far (see fork)."""
+def methods(model: Generator, settings: Settings) -> dict[str, Method]:
+    """The paper's methods, each a change to the one before."""
     solver = 0 if model.flow else len(model.timesteps) - 1
-    return (0.0, *[1.0] * solver) if method == "sde-grpo" else (sigma, *[0.0] * solver)
+    on_policy = Method((settings.sigma, *[0.0] * solver), lambda *x: contrastive_log_policies(*x, settings.tau), settings.clip_range)
+    semi = on_policy._replace(buffered=True)                                                    # Sec. 3.3
+    off_policy = semi._replace(clip=math.inf)                                                   # Table 2
+    sde_grpo = on_policy._replace(radii=(0.0, *[1.0] * solver), log_policies=lambda *x: sde_log_policies(*x, model.timesteps),
+                                  all_anchors=True)                                             # Fig. 2: the baseline
+    return dict(zip(METHODS, (on_policy, semi, off_policy, sde_grpo)))
 
 
-def align(method: str, model: Generator, reward: Callable, settings: Settings, folder: Path, buffer: Buffer | None = None) -> tuple:
-    """Train one adapter; the base stays as it is. One loop for every method:
+def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer, method: Method, reward: Callable, buffer: Buffer | None,
+            settings: Settings, generator: torch.Generator) -> dict:
+    """One iteration for P prompts -> a row of metrics: the pivot (from 1), means of reward and components, deviation (of the reward
+    inside a group), flat_groups (share of them with a deviation below the floor), update's diagnostics, seconds.
 
-    method        groups from          exploration            π_old            ratio clip
-    on-policy     the current policy   initial noise (Eq. 1)  current policy   ε
-    semi          the buffer           initial noise          reference        ε             (Sec. 3.3)
-    off-policy    the buffer           initial noise          reference        none          (Table 2)
-    sde-grpo      the current policy   solver noise           current policy   ε             (Sec. 3.2, the baseline)
-
-    Writes {method}.csv (a row of metrics for each iteration), {method}-curve.csv (held-out prompts judged every few iterations) and
-    {method}.safetensors into the folder.
+    On-policy all updates use one batch of groups (Algorithm 1); from a buffer each draws its own (Sec. 3.3).
     """
-    G, P = settings.group, settings.prompts
-    adapter = Adapter.new(model, settings.rank, settings.alpha, seeded(settings.seed, ADAPTER))
-    optimizer = torch.optim.AdamW(adapter.parameters(), settings.lr, weight_decay=0)
-    if method == "sde-grpo":
-        log_policies = lambda branches, replayed: sde_log_policies(branches, replayed, model.timesteps)
-    else:
-        log_policies = lambda branches, replayed: contrastive_log_policies(branches, replayed, settings.tau)
-    clip, radii = math.inf if method == "off-policy" else settings.clip_range, radii_of(method, model, settings.sigma)
-    draws, updates = (1, settings.updates) if buffer is None else (settings.updates, 1)         # a buffer gives each update its own
-    metrics, curve, skipped = Rows(folder / f"{method}.csv"), Rows(folder / f"{method}-curve.csv"), 0
-    bar = tqdm(range(settings.steps + 1), desc=method, unit="it", total=settings.steps)
-    for step in bar:
-        if step % settings.judge_every == 0 or step == settings.steps:
+    began, (draws, updates) = time.perf_counter(), (settings.updates, 1) if method.buffered else (1, settings.updates)
+    for _ in range(draws):
+        if method.buffered:
+            pivot, branches, scores = draw_from(buffer, settings.prompts, generator)
+        else:
             with adapter.on(model):
-                judged = evaluate(*held_out_clips(model, CURVE_SAMPLES, settings.seed, CURVE), reward)
-            curve.add({"step": step} | {name: value.mean().item() for name, value in judged.items()})
-        if step == settings.steps:
-            break
-        began, generator = time.perf_counter(), seeded(settings.seed, TRAINING, step)
-        for _ in range(draws):
-            if buffer is None:
-                with adapter.on(model):
-                    pivot, branches, scores = explore(model, reward, P, G, radii, generator)
-            else:
-                pivot, branches, scores = draw_from(buffer, P, generator)
-            anchors = torch.arange(G) if method == "sde-grpo" else torch.randperm(G, generator=generator)[: settings.anchors]
-            advantages = group_advantages(scores["reward"], settings.quasi_norm or None, settings.floor)        # line 7
-            row = update(model, adapter, branches, anchors, advantages, log_policies, optimizer, updates, clip, buffer is not None)
-            skipped += row["skipped"]
-        deviation = scores["reward"].std(1, correction=0)
-        metrics.add({"step": step + 1, "pivot": pivot + 1} | {name: value.mean().item() for name, value in scores.items()}
-                    | {"deviation": deviation.mean().item(), "flat_groups": (deviation < settings.floor).float().mean().item()}
-                    | row | {"seconds": time.perf_counter() - began})
-        bar.set_postfix_str(f"reward {mean_of(metrics.rows[-10:], 'reward'):+.2f}, held out {judged['reward'].mean():+.2f}, "
+                pivot, branches, scores = explore(model, reward, settings.prompts, settings.group, method.radii, generator)
+        advantages = group_advantages(scores["reward"], settings.quasi_norm or None, settings.floor)            # line 7
+        anchors = torch.randperm(settings.group, generator=generator)[: settings.anchors]
+        if method.all_anchors:
+            anchors = torch.arange(settings.group)
+        row = update(model, adapter, branches, anchors, advantages, method, optimizer, updates)
+    deviation = scores["reward"].std(1, correction=0)
+    row = {"deviation": deviation.mean().item(), "flat_groups": (deviation < settings.floor).float().mean().item()} | row
+    return {"pivot": pivot + 1} | {k: v.mean().item() for k, v in scores.items()} | row | {"seconds": time.perf_counter() - began}
+
+
+def align(name: str, model: Generator, reward: Callable, settings: Settings, folder: Path,
+          buffer: Buffer | None = None) -> tuple[Adapter, list[dict]]:
+    """Train one adapter by the named method -> it, and the held-out curve; the base stays as it is.
+
+    Writes into the folder NAME.csv (a row of metrics for each iteration), NAME-curve.csv (held-out prompts judged every few iterations)
+    and NAME.safetensors.
+    """
+    adapter = Adapter.new(model, settings.rank, settings.alpha, seeded(settings.seed, ADAPTER))
+    optimizer, method = torch.optim.AdamW(adapter.parameters(), settings.lr, weight_decay=0), methods(model, settings)[name]
+    metrics, curve, skipped = Rows(folder / f"{name}.csv"), Rows(folder / f"{name}-curve.csv"), 0
+
+    def judge_now(step: int) -> None:
+        with adapter.on(model):
+            judged = evaluate(*held_out_clips(model, CURVE_SAMPLES, settings.seed, CURVE), reward)
+        curve.add({"step": step} | {column: value.mean().item() for column, value in judged.items()})
+
+    judge_now(0)
+    bar = tqdm(range(1, settings.steps + 1), desc=name, unit="it")
+    for step in bar:
+        row = iterate(model, adapter, optimizer, method, reward, buffer, settings, seeded(settings.seed, TRAINING, step))
+        metrics.add({"step": step} | row)
+        skipped += row["skipped"]
+        if step % settings.judge_every == 0 or step == settings.steps:
+            judge_now(step)
+        bar.set_postfix_str(f"reward {mean_of(metrics.rows[-10:], 'reward'):+.2f}, held out {curve.rows[-1]['reward']:+.2f}, "
                             f"clipped {row['clip_fraction']:.0%}" + (f", skipped {skipped} non-finite" if skipped else ""))
-    adapter.save(folder / f"{method}.safetensors")
+    adapter.save(folder / f"{name}.safetensors")
     return adapter, curve.rows
 
 
@@ -743,16 +760,26 @@ def save_generator(model: Generator, file: Path) -> None:
     write_weights(file, {name: t.bfloat16() for name, t in model.state_dict().items()}, {"generator": json.dumps(shape)})
 
 
-def load_generator(file: str | Path, device: str | torch.device = "cpu", bf16: bool = True) -> Generator:
-    """A frozen base generator. Raises UserError for a file that is missing, broken or of another shape."""
+def check_timesteps(times: tuple[float, ...]) -> None:
+    if times[:1] != (1,) or min(times) <= 0 or any(t <= s for t, s in zip(times, times[1:])):
+        raise ValueError(f"timesteps {times} do not fall from 1 toward 0")
+
+
+def load_generator(file: str | Path, device: str | torch.device = "cpu", bf16: bool = True, timesteps: str = "") -> Generator:
+    """A frozen base generator, sampled at its own timesteps or at others. Raises UserError for a file that is missing, broken or of another shape."""
     tensors, metadata = read_weights(file, "--base")
     try:
         model = Generator(**json.loads(metadata["generator"]), bf16=bf16)
         model.load_state_dict(tensors)
-        if model.timesteps[:1] != (1,) or min(model.timesteps) <= 0 or sorted(model.timesteps, reverse=True) != list(model.timesteps):
-            raise ValueError(f"its timesteps {model.timesteps} do not fall from 1 toward 0")
+        check_timesteps(model.timesteps)
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"--base {file}: not a generator that --pretrain wrote ({one_line(error)})") from error
+    if timesteps:
+        try:
+            model.timesteps = tuple(float(t) for t in timesteps.split(","))
+            check_timesteps(model.timesteps)
+        except ValueError as error:
+            raise UserError(f"--timesteps {timesteps}: expected numbers that fall from 1 toward 0, as 1,0.6,0.33,0.14") from error
     return model.to(device).requires_grad_(False)
 
 
@@ -763,7 +790,7 @@ def pretrain_loss(model: Generator, teacher: Generator | None, settings: Setting
     """Flow matching with teacher forcing or, given a teacher, its distillation to a consistency sampler.
 
     Flow matching: x_t of each chunk, behind real (slightly noised) past chunks, is asked for v = (x_t - x₀)/t (t >= 0.05 there).
-    Distillation: the jump from x_t is asked for the end of the teacher's ODE from there; 60 % of the times are the sampler's.
+    Distillation: the jump from x_t is asked for the end of the teacher's ODE from there; 60 % of the times are DISTILLED_AT.
     """
     N, device = settings.batch, model.device
     prompts = [TRAIN_PROMPTS[i] for i in torch.randint(len(TRAIN_PROMPTS), (N,), generator=generator)]
@@ -772,7 +799,7 @@ def pretrain_loss(model: Generator, teacher: Generator | None, settings: Setting
     u = 0.1 * torch.rand(N, CHUNKS, 1, 1, 1, 1, generator=generator)
     t = torch.sigmoid(0.6 + 1.1 * torch.randn(N, CHUNKS, generator=generator))
     if teacher:
-        own = torch.tensor(model.timesteps)[torch.randint(len(model.timesteps), t.shape, generator=generator)]
+        own = torch.tensor(DISTILLED_AT)[torch.randint(len(DISTILLED_AT), t.shape, generator=generator)]
         t = torch.where(torch.rand(t.shape, generator=generator) < 0.6, own, 0.05 + 0.95 * torch.rand(t.shape, generator=generator))
     clean, past, noise, t = (z.to(device) for z in (clean, (1 - u) * clean + u * context_noise, noise, t))
     s = t[..., None, None, None, None]
@@ -981,8 +1008,8 @@ def study_cost(model: Generator, reward: Callable, settings: Settings, folder: P
     adapter = Adapter.new(model, settings.rank, settings.alpha, seeded(settings.seed, ADAPTER))
     optimizer = torch.optim.AdamW(adapter.parameters(), settings.lr, weight_decay=0)
     advantages = torch.randn(P, G, generator=seeded(settings.seed, STUDY)).to(model.device)
-    contrastive = lambda branches, replayed: contrastive_log_policies(branches, replayed, settings.tau)
-    sequence = contrastive if model.flow else lambda branches, replayed: sde_log_policies(branches, replayed, model.timesteps)
+    method = methods(model, settings)["on-policy"]
+    whole_method = method if model.flow else methods(model, settings)["sde-grpo"]
 
     def seconds(call: Callable) -> tuple[float, object]:
         began = time.perf_counter()
@@ -997,12 +1024,11 @@ def study_cost(model: Generator, reward: Callable, settings: Settings, folder: P
             generator = seeded(settings.seed, STUDY, step)
             noise = draw_noise(model, P, generator)
             with adapter.on(model):
-                forked, (branches, _) = seconds(lambda: fork(model, TRAIN_PROMPTS[:P], p, G, radii_of("on-policy", model, settings.sigma),
-                                                             noise, generator))
-            one, _ = seconds(lambda: update(model, adapter, branches, torch.arange(settings.anchors), advantages, contrastive, optimizer,
-                                            settings.updates, settings.clip_range))
-            every, _ = seconds(lambda: update(model, adapter, branches, torch.arange(G), advantages, sequence, optimizer,
-                                              settings.updates, settings.clip_range))
+                forked, (branches, _) = seconds(lambda: fork(model, TRAIN_PROMPTS[:P], p, G, method.radii, noise, generator))
+            one, _ = seconds(lambda: update(model, adapter, branches, torch.arange(settings.anchors), advantages, method, optimizer,
+                                            settings.updates))
+            every, _ = seconds(lambda: update(model, adapter, branches, torch.arange(G), advantages, whole_method, optimizer,
+                                              settings.updates))
             row |= {f"fork_{p + 1}": forked, f"update_{p + 1}": one}
             whole += every
         if step > 0:                                           # the first round warms up
@@ -1039,8 +1065,8 @@ def run(settings: Settings) -> None:
     """A training, the recipe, or a study: check the input, load base and reward, and leave all that comes of it in a folder."""
     folder = Path(settings.out or time.strftime("runs/%Y%m%d-%H%M%S"))
     check_folder(folder, new=True)
-    weights = parse_weights(settings.reward_weights)
-    model = load_generator(settings.base, settings.device, settings.precision == "bf16")
+    weights, sweep = parse_weights(settings.reward_weights), parse_sweep(settings.sweep)
+    model = load_generator(settings.base, settings.device, settings.precision == "bf16", settings.timesteps)
     if model.flow and settings.method == "sde-grpo":
         raise UserError(f"--method sde-grpo: --base {settings.base} is a flow-matching model, whose sampler adds no noise between steps")
     scorer = ClipReward(settings.clip, settings.device)
@@ -1055,16 +1081,17 @@ def run(settings: Settings) -> None:
     if settings.study:
         report = {"entropy": study_entropy, "cost": study_cost}[settings.study](model, reward, settings, folder)
     else:
-        report = train_and_judge(model, reward, settings, folder, buffer, about)
+        report = train_and_judge(model, reward, settings, folder, sweep, buffer, about)
     print(f"\n{report}\n{'run folder':<24}{folder}: {' '.join(sorted(file.name for file in folder.iterdir()))}")
 
 
-def train_and_judge(model: Generator, reward: Callable, settings: Settings, folder: Path, buffer: Buffer | None, about: dict) -> str:
+def train_and_judge(model: Generator, reward: Callable, settings: Settings, folder: Path, sweep: list[float], buffer: Buffer | None,
+                    about: dict) -> str:
     """The paper's recipe, or one training: align, merge, and judge all models on held-out prompts with the same noise -> the report."""
     began, adapters, curves = time.perf_counter(), {}, {}
     for method in [settings.method] if settings.method else ["on-policy", "semi"]:
         if method in ("semi", "off-policy") and buffer is None:
-            radii = radii_of(method, model, settings.sigma)
+            radii = methods(model, settings)[method].radii
             rollouts = lambda prompts, generator: explore(model, reward, prompts, settings.group, radii, generator)
             buffer = collect_buffer(rollouts, settings.buffer_groups, settings.prompts, settings.seed)
             save_buffer(buffer, folder / "buffer.safetensors", about)
@@ -1075,7 +1102,7 @@ def train_and_judge(model: Generator, reward: Callable, settings: Settings, fold
     merges = {}
     if not settings.method:
         on, semi = adapters["on-policy"], adapters["semi"]
-        merges = {f"s = {s:g}": (s, [(semi, 1.0), (on, s)]) for s in parse_sweep(settings.sweep)}
+        merges = {f"s = {s:g}": (s, [(semi, 1.0), (on, s)]) for s in sweep}
         models = {"base": [], "semi": [(semi, 1.0)]} | {name: terms for name, (s, terms) in merges.items()} | {"on-policy": [(on, 1.0)]}
     clips, results, judged = {}, {}, Rows(folder / "judged.csv")
     for name, terms in tqdm(models.items(), desc="judging", unit="model"):
@@ -1113,7 +1140,7 @@ def run_sample(settings: Settings) -> None:
         raise UserError(f"--out {file}: expected the name of a .gif file")
     check_folder(file.parent)
     attributes([settings.sample])
-    model = load_generator(settings.base, settings.device, settings.precision == "bf16")
+    model = load_generator(settings.base, settings.device, settings.precision == "bf16", settings.timesteps)
     with Adapter.load(settings.adapter, model).on(model) if settings.adapter else nullcontext():
         context, noise, chunks = model.begin([settings.sample]), draw_noise(model, 1, seeded(settings.seed, SAMPLING)), []
         for p in tqdm(range(model.chunks), desc="streaming", unit="chunk"):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import subprocess
 import sys
@@ -16,17 +17,19 @@ from torch import nn
 
 import arcopo
 import reward
-from arcopo import (Adapter, Generator, Settings, clipped_objective, denoise, draw_noise, fork, group_advantages, iterate, log_policies,
-                    merge_adapters, neighbor_noise, replay, sample, save_generator, seeded, surrogate_log_policy, update)
+from arcopo import (Adapter, Generator, Settings, choose_strength, clipped_objective, collect_buffer, contrastive_log_policies, denoise,
+                    draw_from, draw_noise, explore, fork, gaussian_log_policy, group_advantages, iterate, load_buffer, merge_adapters,
+                    methods, neighbor_noise, replay, sample, save_buffer, save_generator, sde_log_policies, seeded,
+                    surrogate_log_policy, update)
 from reward import CHUNKS, HELD_OUT_PROMPTS, QUALITIES, TRAIN_PROMPTS, ClipReward, UserError, judge, make_clips
 
 HERE = Path(__file__).resolve().parent
 PROMPTS = TRAIN_PROMPTS[:3]
 
 
-def tiny(seed: int = 0, bf16: bool = False) -> Generator:
+def tiny(seed: int = 0, bf16: bool = False, flow: bool = False) -> Generator:
     torch.manual_seed(seed)
-    model = Generator(width=32, layers=2, heads=2, bf16=bf16).requires_grad_(False)
+    model = Generator(width=32, layers=2, heads=2, timesteps=(1.0, 0.6, 0.33, 0.14), flow=flow, bf16=bf16).requires_grad_(False)
     nn.init.normal_(model.head.weight, std=0.1)
     nn.init.normal_(model.patch.weight, std=0.2)               # so that the noise, not only the prompt, decides
     return model
@@ -38,8 +41,8 @@ def nonzero(adapter: Adapter, seed: int = 1) -> Adapter:
     return adapter
 
 
-def forked(model: Generator, pivot: int, sigma: float = 0.5, group: int = 4, seed: int = 0):
-    return fork(model, PROMPTS, pivot, group, sigma, draw_noise(model, len(PROMPTS), seeded(seed)), seeded(seed, 1))
+def forked(model: Generator, pivot: int, radii: tuple = (0.5, 0, 0, 0), group: int = 4, seed: int = 0):
+    return fork(model, PROMPTS, pivot, group, radii[:1] if model.flow else radii, draw_noise(model, len(PROMPTS), seeded(seed)), seeded(seed, 1))
 
 
 # ------------------------------------------------------------------ world, judge, reward
@@ -156,7 +159,7 @@ def test_cached_prediction_equals_one_pass_with_the_block_causal_mask():
         longer = model.extend(context, clean[:, p])
         assert torch.equal(context.kv, before)                 # a value: extending leaves it as it was
         context = longer
-    assert torch.allclose(context.kv, kv, atol=1e-5)
+    assert torch.allclose(context.kv, model.stack(kv), atol=1e-5)
 
 
 def test_the_future_and_the_other_rows_are_not_seen():
@@ -168,49 +171,80 @@ def test_the_future_and_the_other_rows_are_not_seen():
     assert torch.allclose(a[::2, :2], b[::2, :2], atol=1e-6) and not torch.allclose(a[:, 3], b[:, 3], atol=1e-3)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("flow, bf16", [(False, False), (False, True), (True, False)])
 @pytest.mark.parametrize("pivot", range(CHUNKS))
-def test_fork(pivot, bf16):
-    model = tiny(bf16=bf16)
-    branches = forked(model, pivot)
-    chunks = branches.clips.unflatten(2, (CHUNKS, -1))                                          # [G, P, L, ...]
-    assert torch.equal(chunks[:, :, :pivot], chunks[:1, :, :pivot].expand_as(chunks[:, :, :pivot]))
-    assert (chunks[1:, :, pivot] != chunks[:1, :, pivot]).any()
-    assert all(torch.equal(x, y) for x, y in zip(forked(model, pivot)[1:], branches[1:]))       # same seed, same rollout
-    assert not torch.equal(forked(model, pivot, seed=5).clips, branches.clips)
+def test_fork(pivot, flow, bf16):
+    model = tiny(bf16=bf16, flow=flow)
+    branches, clips = forked(model, pivot)
+    chunks = clips.unflatten(2, (CHUNKS, -1))                                                   # [P, G, L, ...]
+    assert torch.equal(chunks[:, :, :pivot], chunks[:, :1, :pivot].expand_as(chunks[:, :, :pivot]))
+    assert (chunks[:, 1:, pivot] != chunks[:, :1, pivot]).any()
+    assert torch.allclose(model.decode(branches.candidates[:, -1].flatten(0, 1)[:, None]).unflatten(0, (3, 4)), chunks[:, :, pivot])
+    again, same = forked(model, pivot)
+    assert torch.equal(same, clips) and all(torch.equal(x, y) for x, y in zip(again[1:], branches[1:]))     # same seed, same rollout
+    assert not torch.equal(forked(model, pivot, seed=5)[1], clips)
 
 
+@pytest.mark.parametrize("flow", [False, True])
 @pytest.mark.parametrize("pivot", range(CHUNKS))
-def test_fork_without_radius_is_plain_sampling(pivot):
+def test_fork_without_radius_is_plain_sampling(pivot, flow):
     """sigma -> 0 recovers the sampler: every branch is the clip of the base noise."""
-    model = tiny()
-    clips = sample(model, PROMPTS, draw_noise(model, 3, seeded(0)))
-    assert torch.allclose(forked(model, pivot, sigma=0.0).clips, clips.expand(4, *clips.shape), atol=1e-5)
-    assert torch.allclose(forked(model, pivot, sigma=1e-7).clips, clips.expand(4, *clips.shape), atol=1e-4)
+    model = tiny(flow=flow)
+    clips = sample(model, PROMPTS, draw_noise(model, 3, seeded(0)))[:, None].expand(-1, 4, -1, -1, -1, -1)
+    assert torch.allclose(forked(model, pivot, (0, 0, 0, 0))[1], clips, atol=1e-5)
+    assert torch.allclose(forked(model, pivot, (1e-7, 0, 0, 0))[1], clips, atol=1e-4)
 
 
 def test_nothing_but_the_pivots_initial_noise_differs():
     """Each branch is what plain sampling gives from the shared noise with that one tensor exchanged."""
     model, pivot, group = tiny(), 1, 4
     noise = draw_noise(model, 3, seeded(0))
-    neighbours = neighbor_noise(noise.initial[pivot], 0.5, group, seeded(0, 1))
-    clips = forked(model, pivot).clips
+    neighbours = neighbor_noise(noise.initial[:, pivot], 0.5, group, seeded(0, 1))
+    clips = forked(model, pivot)[1]
     for i in range(group):
         initial = noise.initial.clone()
-        initial[pivot] = neighbours[i]
-        assert torch.allclose(sample(model, PROMPTS, noise._replace(initial=initial)), clips[i], atol=1e-5)
+        initial[:, pivot] = neighbours[i]
+        assert torch.allclose(sample(model, PROMPTS, noise._replace(initial=initial)), clips[:, i], atol=1e-5)
+
+
+def test_sde_branches_differ_in_the_pivots_solver_noise_alone():
+    """The first prediction is shared; what follows is what plain sampling gives with that noise exchanged; without a radius all are equal."""
+    model, pivot, group = tiny(), 2, 3
+    noise = draw_noise(model, 3, seeded(0))
+    branches, clips = forked(model, pivot, (0, 1, 1, 1), group)
+    assert torch.equal(branches.states[:, 0], noise.initial[:, pivot, None].expand(-1, group, -1, -1, -1, -1))
+    assert all((branches.states[:, i, 1:] != branches.states[:, i, :1]).any() for i in (1, 2, 3))
+    generator, solver = seeded(0, 1), noise.solver[:, None].repeat_interleave(group, 1)         # [P, G, L, T-1, ...]
+    for i in range(3):
+        solver[:, :, pivot, i] = neighbor_noise(noise.solver[:, pivot, i], 1.0, group, generator).transpose(0, 1)
+    for b in range(group):
+        assert torch.allclose(sample(model, PROMPTS, noise._replace(solver=solver[:, b])), clips[:, b], atol=1e-5)
+    for radii in ((0, 0, 0, 0), (0, 1, 1, 1)):
+        equal = forked(model, pivot, radii, group)[1]
+        assert torch.equal(equal, equal[:, :1].expand_as(equal)) == (radii == (0, 0, 0, 0))
 
 
 def test_sampler_re_noises_as_self_forcing():
     """With a model that predicts c, every state but the first is (1 - t) c + t noise."""
     class Constant:
-        timesteps = (1.0, 0.5, 0.25)
+        timesteps, flow = (1.0, 0.5, 0.25), False
         predict = staticmethod(lambda x, t, context: torch.full_like(x, 3.0))
     initial, solver = torch.randn(2, 5), torch.randn(2, 2, 5)
     states, predictions = denoise(Constant, None, initial, solver)
-    assert torch.equal(states[0], initial) and (predictions == 3).all()
+    assert torch.equal(states[:, 0], initial) and (predictions == 3).all()
     for i, t in enumerate((0.5, 0.25)):
-        assert torch.allclose(states[i + 1], (1 - t) * 3 + t * solver[i])
+        assert torch.allclose(states[:, i + 1], (1 - t) * 3 + t * solver[:, i])
+
+
+def test_the_flow_sampler_solves_its_ode():
+    """For data that are one Gaussian the flow's ODE has a closed form: dx/dt = v, x_1 = ε -> x_0 = m + s ε; Euler comes near it."""
+    m, s = 2.0, 0.5
+    class Gaussian:                                            # E[x0 | x_t] with x_t = (1 - t) x0 + t ε, x0 ~ N(m, s²)
+        timesteps, flow = tuple(torch.linspace(1, 0.001, 1000).tolist()), True
+        predict = staticmethod(lambda x, t, context: m + (1 - t) * s**2 / ((1 - t) ** 2 * s**2 + t**2) * (x - (1 - t) * m))
+    initial = torch.randn(2, 5, generator=seeded(0))
+    states, outputs = denoise(Gaussian, None, initial, initial[:, None][:, :0])
+    assert torch.allclose(outputs[:, -1], m + s * initial, atol=0.01) and torch.equal(states[:, 1:], outputs[:, :-1])
 
 
 def test_the_shipped_base_is_good_and_imperfect_and_every_pivot_decides_something(clip):
@@ -220,9 +254,8 @@ def test_the_shipped_base_is_good_and_imperfect_and_every_pivot_decides_somethin
     assert 0.6 < scores["all_right"].mean() < 1 and 0.4 < scores["visual"].mean() < 0.8
     scorer = reward.WeightedReward(clip, {"ta": 1.0, "vq": 1.0, "mq": 1.0}, clips, HELD_OUT_PROMPTS)
     for pivot in range(CHUNKS):
-        branches = forked(model, pivot, group=6)
-        rewards = scorer(branches.clips.flatten(0, 1), PROMPTS * 6)["reward"].view(6, -1)
-        assert rewards.std(0, correction=0).mean() > 0.03      # a world whose first chunk decides all gives less than 0.02
+        rewards = scorer(forked(model, pivot, group=6)[1].flatten(0, 1), [p for p in PROMPTS for _ in range(6)])["reward"].view(-1, 6)
+        assert rewards.std(1, correction=0).mean() > 0.03      # a world whose first chunk decides all gives less than 0.02
 
 
 # ------------------------------------------------------------------ objective
@@ -265,12 +298,12 @@ def test_gradient_at_theta_old_is_the_closed_form(own):
     A = group_advantages(torch.randn(G, generator=g, dtype=torch.double))
     old = surrogate_log_policy(candidates, anchor, tau).detach()
     expected = 2 / (G * tau) * torch.einsum("g,gabc->abc", A, candidates)
-    for clip in (1e-4, None):
+    for clip in (1e-4, math.inf):
         gradient, = torch.autograd.grad(objective(anchor, candidates, A, tau, old, clip), anchor)
         assert torch.allclose(gradient, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("clip", [None, 0.05, 10.0])
+@pytest.mark.parametrize("clip", [math.inf, 0.05, 10.0])
 def test_gradient_elsewhere_agrees_with_finite_differences(clip):
     G, tau, g = 6, 3.0, seeded(0)
     candidates, A = torch.randn(G, 4, generator=g, dtype=torch.double), group_advantages(torch.randn(G, generator=g, dtype=torch.double))
@@ -285,14 +318,14 @@ def test_clip_stops_the_gradient_only_where_it_was_already_won():
     clipped_objective(log_ratio, advantages, 0.1).backward()
     assert torch.equal(log_ratio.grad == 0, torch.tensor([True, True, False, False]))
     log_ratio.grad = None
-    clipped_objective(log_ratio, advantages, None).backward()
+    clipped_objective(log_ratio, advantages, math.inf).backward()
     assert torch.allclose(log_ratio.grad, log_ratio.exp().detach() * advantages / 4)
 
 
 def test_a_wide_clip_is_no_clip_and_eq_3_holds():
     g = seeded(0)
     log_ratio, A = 0.3 * torch.randn(12, generator=g), torch.randn(12, generator=g)
-    assert clipped_objective(log_ratio, A, 100.0) == clipped_objective(log_ratio, A, None)
+    assert clipped_objective(log_ratio, A, 100.0) == clipped_objective(log_ratio, A, math.inf)
     terms = [min(r * a, min(max(r, 0.9), 1.1) * a) for r, a in zip(log_ratio.exp().tolist(), A.tolist())]
     assert clipped_objective(log_ratio, A, 0.1).item() == pytest.approx(sum(terms) / 12, rel=1e-5)
 
@@ -310,16 +343,47 @@ def test_a_small_step_moves_the_anchor_toward_the_advantage_weighted_sum():
 
 
 def test_log_policies_are_the_plain_function_for_each_step_prompt_and_anchor():
-    branches = forked(tiny(), 1)
-    x0 = torch.randn(4, 2, 3, *tiny().chunk_shape, generator=seeded(0))
-    batched = log_policies(branches, x0, 0.5)
-    assert batched.shape == (4, 3, 2, 4)
-    for t, p, b in ((0, 0, 0), (3, 2, 1), (1, 2, 0)):
-        plain = surrogate_log_policy(branches.predictions[t, :, p], x0[t, b, p], 0.5 * x0[t, b, p].numel())
-        assert torch.allclose(batched[t, p, b], plain, atol=1e-5)
+    branches = forked(tiny(), 1)[0]
+    x0 = torch.randn(3, 4, 2, *tiny().chunk_shape, generator=seeded(0))
+    batched = contrastive_log_policies(branches, x0, 0.5)
+    assert batched.shape == (3, 4, 2, 4)
+    for p, t, b in ((0, 0, 0), (2, 3, 1), (2, 1, 0)):
+        plain = surrogate_log_policy(branches.candidates[p, t], x0[p, t, b], 0.5 * x0[p, t, b].numel())
+        assert torch.allclose(batched[p, t, b], plain, atol=1e-5)
 
 
-# ------------------------------------------------------------------ adapter and update
+def test_gaussian_log_policy_is_that_of_torch_distributions():
+    x, mean = torch.randn(2, 3, 4, 5, generator=seeded(0), dtype=torch.double)
+    expected = torch.distributions.Normal(mean, 0.3).log_prob(x).sum((1, 2))
+    assert torch.allclose(gaussian_log_policy(x, mean, 0.3), expected, rtol=1e-12)
+
+
+def test_sde_log_policies_are_those_of_each_re_noising():
+    """Under the policy that rolled out, each transition's noise is the solver noise: log N(noise; 0, 1) - log s, and no other step counts."""
+    model = tiny()
+    branches = forked(model, 1, (0, 1, 1, 1))[0]
+    log_policies = sde_log_policies(branches, replay(model, branches, torch.arange(4)), model.timesteps)
+    assert log_policies.shape == (3, 3, 1, 4)
+    for i, s in enumerate(model.timesteps[1:]):
+        mean = (1 - s) * branches.candidates[:, i]
+        expected = torch.distributions.Normal(mean, s).log_prob(branches.states[:, i + 1]).mean((2, 3, 4, 5))
+        assert torch.allclose(log_policies[:, i, 0], expected, atol=1e-4)
+
+
+def test_the_flow_anchor_is_an_euler_step_of_the_current_policy():
+    """Eq. 2 for FM: x_s^(θ) = x_t - (t - s) v with v = (x_t - x̂₀) / t; at s = 0 the finished chunk."""
+    model = tiny(flow=True)
+    branches = forked(model, 1)[0]
+    with nonzero(Adapter.new(model, 4, 4.0, seeded(0))).on(model):
+        replayed = replay(model, branches, torch.tensor([2]))
+        for i, (t, s) in enumerate(zip(model.timesteps, (*model.timesteps[1:], 0.0))):
+            x_t = branches.states[:, i, 2]
+            v = (x_t - model.predict(x_t, t, branches.context)) / t
+            assert torch.allclose(replayed[:, i, 0], x_t - (t - s) * v, atol=1e-5)
+            assert not torch.allclose(replayed[:, i, 0], branches.candidates[:, i, 2], atol=1e-3)
+
+
+# ------------------------------------------------------------------ adapter, update and methods
 
 def tiny_settings(**changes) -> Settings:
     return Settings(**({"group": 4, "anchors": 2, "prompts": 2, "rank": 4, "alpha": 4.0, "clip_range": 1e-2} | changes))
@@ -329,22 +393,33 @@ def brightness(clips, prompts):
     return {"reward": clips.mean((1, 2, 3, 4))}
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+def trainer(model: Generator, adapter: Adapter, lr: float = 1e-2, method: str = "on-policy", reward=brightness, buffer=None, **changes):
+    """step -> the row of iterate."""
+    settings, optimizer = tiny_settings(**changes), torch.optim.AdamW(adapter.parameters(), lr)
+    return lambda step: iterate(model, adapter, optimizer, methods(model, settings)[method], reward, buffer, settings, seeded(0, step))
+
+
+def tiny_buffer(model: Generator, size: int = 6, group: int = 4) -> arcopo.Buffer:
+    radii = methods(model, tiny_settings())["semi"].radii
+    return collect_buffer(lambda prompts, generator: explore(model, brightness, prompts, group, radii, generator), size, 2, 0)
+
+
+@pytest.mark.parametrize("flow, bf16", [(False, False), (False, True), (True, False)])
 @pytest.mark.parametrize("anchors", [1, 2, 3, 4])
-def test_replay_is_the_rollout_and_the_first_ratio_is_exactly_one(bf16, anchors):
-    model = tiny(bf16=bf16)
+def test_replay_is_the_rollout_and_the_first_ratio_is_exactly_one(flow, bf16, anchors):
+    model = tiny(bf16=bf16, flow=flow)
     adapter = nonzero(Adapter.new(model, 4, 4.0, seeded(0)))
-    settings = tiny_settings(anchors=anchors)
+    chosen, advantages = torch.arange(anchors), group_advantages(torch.randn(3, 4, generator=seeded(0)))
     with adapter.on(model):
-        branches = forked(model, 1)
-        chosen = torch.arange(anchors)
-        assert torch.allclose(replay(model, branches, chosen), branches.predictions[:, chosen], atol=0.05 if bf16 else 1e-5)
-        advantages = group_advantages(torch.randn(3, 4, generator=seeded(0)))
-        row = update(model, branches, advantages, torch.optim.AdamW(adapter.parameters(), 1e-3), settings, seeded(0))
+        branches = forked(model, 1)[0]
+        assert torch.allclose(replay(model, branches, chosen), branches.candidates[:, :, chosen], atol=0.05 if bf16 else 1e-5)
+    optimizer = torch.optim.AdamW(adapter.parameters(), 1e-3)
+    row = update(model, adapter, branches, chosen, advantages, methods(model, tiny_settings())["on-policy"], optimizer, 2)
     assert row["ratio_first"] == 1 and row["clip_fraction"] > 0 and row["skipped"] == 0
 
 
-def test_update_changes_only_the_adapter():
+@pytest.mark.parametrize("method", arcopo.METHODS)
+def test_every_method_changes_only_the_adapter(method):
     model = tiny()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     adapter = Adapter.new(model, 4, 4.0, seeded(0))
@@ -353,12 +428,98 @@ def test_update_changes_only_the_adapter():
     clips = sample(model, PROMPTS, noise)
     with adapter.on(model):
         assert torch.equal(sample(model, PROMPTS, noise), clips)                                # B = 0: the base itself
-        iterate(model, TRAIN_PROMPTS, brightness, torch.optim.AdamW(adapter.parameters(), 1e-2), tiny_settings(), seeded(0))
+    row = trainer(model, adapter, method=method, buffer=tiny_buffer(model))(0)
+    with adapter.on(model):
         assert not torch.equal(sample(model, PROMPTS, noise), clips)
-    assert torch.equal(sample(model, PROMPTS, noise), clips)
+    assert torch.equal(sample(model, PROMPTS, noise), clips) and row["skipped"] == 0
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert any(not torch.equal(a, b) for a, b in zip(start, adapter.parameters()))
+
+
+def test_the_buffer_comes_from_the_reference():
+    """An entry is the fork of the base itself, with the reward of its clips."""
+    model, settings = tiny(), tiny_settings()
+    method = methods(model, settings)["semi"]
+    pivot, branches, scores = explore(model, brightness, 2, 4, method.radii, seeded(0, arcopo.BUFFER, 0))
+    groups = tiny_buffer(model, size=2)[pivot]
+    assert torch.equal(groups["kv"], branches.context.kv) and torch.equal(groups["reward"], scores["reward"])
+    for name in ("base", "states", "candidates"):
+        assert torch.allclose(groups[name].float(), getattr(branches, name), rtol=2e-3, atol=1e-5)             # half precision
+    assert torch.equal(groups["states"][:, 0].half(), branches.states[:, 0].half())
+
+
+def test_the_buffer_never_changes(tmp_path):
+    model, about = tiny(), {"base": "x"}
+    buffer = tiny_buffer(model)
+    before = {pivot: {name: x.clone() for name, x in groups.items()} for pivot, groups in buffer.items()}
+    versions = [x._version for groups in buffer.values() for x in groups.values()]
+    save_buffer(buffer, tmp_path / "buffer.safetensors", about)
+    step = trainer(model, Adapter.new(model, 4, 4.0, seeded(0)), method="off-policy", buffer=buffer)
+    for i in range(8):
+        step(i)
+    assert versions == [x._version for groups in buffer.values() for x in groups.values()]      # torch counts every write in place
+    for other in (buffer, load_buffer(tmp_path / "buffer.safetensors", about, "cpu")):
+        assert other.keys() == before.keys()
+        assert all(torch.equal(x, before[pivot][name]) for pivot, groups in other.items() for name, x in groups.items())
+    with pytest.raises(UserError, match="made with base x, not y"):
+        load_buffer(tmp_path / "buffer.safetensors", {"base": "y"}, "cpu")
+
+
+def test_drawing_gives_entries_of_one_chunk_as_they_are():
+    model, seen = tiny(), set()
+    buffer = tiny_buffer(model, 12)
+    assert sum(len(groups["reward"]) for groups in buffer.values()) == 12
+    for i in range(40):
+        pivot, branches, scores = draw_from(buffer, 3, seeded(i))
+        assert 1 <= len(branches.base) <= 3 and branches.context.kv.shape[4] == pivot * model.tokens
+        for n in range(len(branches.base)):
+            row = [torch.equal(r, scores["reward"][n]) for r in buffer[pivot]["reward"]].index(True)
+            seen.add((pivot, row))
+            assert all(torch.equal(getattr(branches, name)[n], buffer[pivot][name][row].float()) for name in ("base", "states", "candidates"))
+            assert torch.equal(branches.context.kv[n], buffer[pivot]["kv"][row])
+    assert len(seen) == 12                                     # every entry is drawn sooner or later
+
+
+def test_with_the_adapter_at_zero_the_ratio_of_semi_is_one_and_then_moves_away():
+    model = tiny()
+    step = trainer(model, Adapter.new(model, 4, 4.0, seeded(0)), method="semi", buffer=tiny_buffer(model), updates=1)
+    rows = [step(i) for i in range(3)]
+    assert rows[0]["ratio_first"] == 1 and rows[2]["ratio_first"] != 1                          # against π_ref, not against itself
+
+
+def test_semi_and_off_policy_differ_by_the_clip_alone():
+    model = tiny()
+    on, semi, off, sde = methods(model, tiny_settings()).values()
+    assert off == semi._replace(clip=math.inf) and semi == on._replace(buffered=True) and sde.clip == on.clip
+    adapters = {}
+    for method, clip in (("off-policy", 1e-2), ("semi", math.inf), ("semi", 1e-2)):
+        adapter = adapters[method, clip] = Adapter.new(model, 4, 4.0, seeded(0))
+        step = trainer(model, adapter, method=method, buffer=tiny_buffer(model), clip_range=clip)
+        for i in range(3):
+            step(i)
+    off, unclipped, semi = (adapter.parameters() for adapter in adapters.values())
+    assert all(torch.equal(a, b) for a, b in zip(off, unclipped)) and not all(torch.equal(a, b) for a, b in zip(off, semi))
+
+
+def test_the_clip_keeps_semi_near_the_reference():
+    """Same draws: without the clip the policy runs away from the reference, with it the ratio stays near 1."""
+    model, buffer, ratios = tiny(), tiny_buffer(tiny()), {}
+    for method in ("semi", "off-policy"):
+        step = trainer(model, Adapter.new(model, 4, 4.0, seeded(0)), 3e-3, method, buffer=buffer, clip_range=1e-4)
+        ratios[method] = [abs(step(i)["ratio_first"] - 1) for i in range(15)][-5:]
+    assert sum(ratios["semi"]) < sum(ratios["off-policy"]) / 3
+
+
+def test_the_rule_that_chooses_s():
+    nan, base = math.nan, (0.0, 0.5)
+    assert choose_strength({0.4: (0.1, 0.6), 0.8: (0.2, 0.51), 1.0: (0.9, 0.49)}, base) == 0.8                  # 1.0 is reward hacking
+    assert choose_strength({1.0: (0.9, 0.9), 0.4: (0.1, 0.6)}, base) == 1.0                                     # whatever the order
+    assert choose_strength({0.4: (-0.1, 0.9), 0.8: (0.2, 0.4)}, base) is None                                   # none improves both
+    assert choose_strength({}, base) is None
+    assert choose_strength({0.4: (0.1, 0.6), 0.8: (0.0, 0.6), 1.0: (0.1, 0.5)}, base) == 0.4                    # a tie is no gain
+    assert choose_strength({0.4: (0.1, 0.6), 0.8: (nan, 0.6), 1.0: (0.1, nan)}, base) == 0.4
+    assert choose_strength({0.4: (0.1, 0.6)}, (nan, 0.5)) is None
 
 
 def test_merging_two_adapters_equals_applying_both(tmp_path):
@@ -392,8 +553,7 @@ def test_a_non_finite_reward_skips_the_update(bad):
     adapter = nonzero(Adapter.new(model, 4, 4.0, seeded(0)))
     before = [p.detach().clone() for p in adapter.parameters()]
     broken = lambda clips, prompts: {"reward": torch.full((len(clips),), bad).index_fill(0, torch.tensor([1]), 0.0)}
-    with adapter.on(model):
-        row = iterate(model, TRAIN_PROMPTS, broken, torch.optim.AdamW(adapter.parameters(), 1e-2), tiny_settings(), seeded(0))
+    row = trainer(model, adapter, reward=broken)(0)
     assert row["skipped"] == 2 and all(torch.equal(a, b) for a, b in zip(before, adapter.parameters()))
 
 
@@ -402,20 +562,20 @@ def test_a_non_finite_gradient_skips_the_update():
     adapter = nonzero(Adapter.new(model, 4, 4.0, seeded(0)))
     before = [p.detach().clone() for p in adapter.parameters()]
     adapter.parameters()[0].register_hook(lambda grad: grad * float("inf"))
-    with adapter.on(model):
-        row = iterate(model, TRAIN_PROMPTS, brightness, torch.optim.AdamW(adapter.parameters(), 1e-2), tiny_settings(), seeded(0))
+    row = trainer(model, adapter)(0)
     assert row["skipped"] == 2 and all(torch.equal(a, b) for a, b in zip(before, adapter.parameters()))
 
 
-def test_a_few_iterations_raise_a_simple_reward():
-    model = tiny()
+@pytest.mark.parametrize("flow", [False, True])
+def test_a_few_iterations_raise_a_simple_reward(flow):
+    model = tiny(flow=flow)
     adapter = Adapter.new(model, 4, 8.0, seeded(0))
-    optimizer, settings = torch.optim.AdamW(adapter.parameters(), 3e-3), tiny_settings(group=6, floor=1e-6)
     prompts, noise = TRAIN_PROMPTS[:12], draw_noise(model, 12, seeded(7))
     before = brightness(sample(model, prompts, noise), prompts)["reward"]
+    step = trainer(model, adapter, 3e-3, group=6, floor=1e-6)
+    for i in range(30):
+        step(i)
     with adapter.on(model):
-        for step in range(30):
-            iterate(model, TRAIN_PROMPTS, brightness, optimizer, settings, seeded(0, step))
         after = brightness(sample(model, prompts, noise), prompts)["reward"]
     change = after - before
     assert change.mean() > 3 * change.std() / len(change) ** 0.5 > 0
@@ -425,13 +585,11 @@ def test_a_few_iterations_raise_a_simple_reward():
 @pytest.mark.parametrize("bf16", [False, True])
 def test_cuda_agrees_with_the_cpu(bf16):
     model = tiny(bf16=bf16)
-    on_cpu = forked(model, 1).clips
-    on_gpu = forked(model.cuda(), 1)
-    assert torch.allclose(on_gpu.clips.cpu(), on_cpu, atol=0.05 if bf16 else 1e-3)
-    adapter = nonzero(Adapter.new(model, 4, 4.0, seeded(0)))
-    with adapter.on(model):
-        row = iterate(model, TRAIN_PROMPTS, brightness, torch.optim.AdamW(adapter.parameters(), 1e-3), tiny_settings(), seeded(0))
-    assert row["ratio_first"] == 1
+    on_cpu = forked(model, 1)[1]
+    assert torch.allclose(forked(model.cuda(), 1)[1].cpu(), on_cpu, atol=0.05 if bf16 else 1e-3)
+    for method in arcopo.METHODS:
+        row = trainer(model, nonzero(Adapter.new(model, 4, 4.0, seeded(0))), method=method, buffer=tiny_buffer(model))(0)
+        assert row["skipped"] == 0 and (row["ratio_first"] == 1 or methods(model, tiny_settings())[method].buffered)
 
 
 # ------------------------------------------------------------------ the script
@@ -447,22 +605,73 @@ def tiny_base(tmp_path_factory):
     return file
 
 
-TINY = ["--group", 3, "--anchors", 2, "--prompts", 2, "--rank", 2, "--alpha", 2, "--judge-samples", 2]
+TINY = ["--group", 3, "--anchors", 2, "--prompts", 2, "--rank", 2, "--alpha", 2, "--judge-samples", 2, "--judge-every", 2, "--buffer-groups", 3]
+LEFT = {"settings.json", "judged.csv", "models.gif", "models.png"}
 
 
-def test_script_leaves_what_it_promises_and_samples_from_it(tmp_path, tiny_base):
+def test_script_runs_the_recipe_leaves_what_it_promises_and_samples_from_it(tmp_path, tiny_base):
     done = script("--steps", 3, "--base", tiny_base, "--out", "run", *TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "run"
-    assert {f.name for f in folder.iterdir()} == {"adapter.safetensors", "settings.json", "metrics.csv", "judged.json", "base_aligned.gif", "base_aligned.png"}
-    rows = list(csv.DictReader(open(folder / "metrics.csv")))
+    trained = {f"{name}{end}" for name in ("on-policy", "semi") for end in (".csv", "-curve.csv", ".safetensors")}
+    assert {f.name for f in folder.iterdir()} == LEFT | trained | {"buffer.safetensors", "merged.safetensors"}
+    rows = list(csv.DictReader(open(folder / "on-policy.csv")))
     assert len(rows) == 3 and all(float(row["ratio_first"]) == 1 for row in rows)
     assert {"step", "pivot", "reward", "ta", "vq", "mq", "ratio_first", "clip_fraction", "flat_groups", "grad_norm", "seconds"} <= set(rows[0])
+    assert [row["step"] for row in csv.DictReader(open(folder / "semi-curve.csv"))] == ["0", "2", "3"]
+    judged = list(csv.DictReader(open(folder / "judged.csv")))
+    assert [row["model"] for row in judged] == ["base", "semi", "s = 0.4", "s = 0.6", "s = 0.8", "s = 1", "on-policy"]
+    pairs = {float(row["model"][4:]): (float(row["reward"]), float(row["judge"])) for row in judged if row["model"].startswith("s =")}
+    s = choose_strength(pairs, (float(judged[0]["reward"]), float(judged[0]["judge"])))
+    assert ("semi *" if s is None else f"s = {s:g} *") in done.stdout and "both reward and judge over the base" in done.stdout
+    model = arcopo.load_generator(tiny_base)
+    on, semi, merged = (Adapter.load(folder / f"{name}.safetensors", model) for name in ("on-policy", "semi", "merged"))
+    for name, (A, B) in merge_adapters((semi, 1.0), (on, s or 0.0)).weights.items():
+        assert torch.allclose(B @ A, merged.weights[name][1] @ merged.weights[name][0], atol=1e-7)
     assert json.loads((folder / "settings.json").read_text())["group"] == 3
-    assert iio.imread(folder / "base_aligned.gif").shape[0] == 12 and iio.imread(folder / "base_aligned.png").ndim == 3
-    assert all(word in done.stdout for word in ("base", "on-policy", "change", "▁")) and "ratio" not in done.stderr
-    assert script("--sample", PROMPTS[0], "--base", tiny_base, "--adapter", folder / "adapter.safetensors", "--out", "c.gif", cwd=tmp_path).returncode == 0
+    assert iio.imread(folder / "models.gif").shape[0] == 12 and iio.imread(folder / "models.png").ndim == 3
+    assert all(word in done.stdout for word in ("base", "on-policy", "change", "▁"))
+    assert script("--sample", PROMPTS[0], "--base", tiny_base, "--adapter", folder / "merged.safetensors", "--out", "c.gif", cwd=tmp_path).returncode == 0
     assert iio.imread(tmp_path / "c.gif").shape[0] == 12
+    again = script("--method", "semi", "--steps", 1, "--base", tiny_base, "--out", "again", "--buffer", folder / "buffer.safetensors", *TINY, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert not (tmp_path / "again" / "buffer.safetensors").exists() and (tmp_path / "again" / "semi.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", ["on-policy", "off-policy", "sde-grpo"])
+def test_each_method_runs_alone(method, tmp_path, tiny_base, capsys):
+    arguments = ["--method", method, "--steps", 1, "--base", tiny_base, "--out", tmp_path / "run", *TINY]
+    assert arcopo.main([str(a) for a in arguments]) == 0
+    left = {f.name for f in (tmp_path / "run").iterdir()} - {"buffer.safetensors"}
+    assert left == LEFT | {f"{method}.csv", f"{method}-curve.csv", f"{method}.safetensors"}
+    assert [row["model"] for row in csv.DictReader(open(tmp_path / "run" / "judged.csv"))] == ["base", method]
+
+
+def test_a_flow_model_trains_by_the_same_command(tmp_path, capsys):
+    save_generator(tiny(flow=True), tmp_path / "teacher.safetensors")
+    arguments = ["--steps", 1, "--base", tmp_path / "teacher.safetensors", "--out", tmp_path / "run", *TINY]
+    assert arcopo.main([str(a) for a in arguments]) == 0
+    assert (tmp_path / "run" / "merged.safetensors").is_file()
+    assert arcopo.main([str(a) for a in arguments[:5] + [tmp_path / "no", "--method", "sde-grpo"]]) == 2
+    assert "flow-matching" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_the_entropy_study_sees_a_change_just_where_something_is_redrawn(flow, tmp_path, capsys):
+    save_generator(tiny(flow=flow), tmp_path / "base.safetensors")
+    assert arcopo.main(["--study", "entropy", "--base", str(tmp_path / "base.safetensors"), "--out", str(tmp_path / "run")]) == 0
+    rows = list(csv.DictReader(open(tmp_path / "run" / "entropy.csv")))
+    assert len(rows) == (2 if flow else 5) * CHUNKS
+    for row in rows:
+        assert all((float(row[column]) == 0) == (row["source"] == "nothing") for column in ("pivot_chunk", "rest_of_clip", "reward"))
+    assert iio.imread(tmp_path / "run" / "entropy.png").ndim == 3
+
+
+def test_the_cost_study_counts_every_part(tmp_path, tiny_base, capsys):
+    assert arcopo.main(["--study", "cost", "--base", str(tiny_base), "--out", str(tmp_path / "run"), *map(str, TINY[:10])]) == 0
+    rows = list(csv.DictReader(open(tmp_path / "run" / "cost.csv")))
+    assert len(rows) == 3 and all(float(value) > 0 for row in rows for value in row.values())
+    assert "sequence-level" in capsys.readouterr().out
 
 
 def test_pretraining_resumes_to_the_same_weights(tmp_path, monkeypatch):
@@ -522,6 +731,10 @@ BAD = [
     (["--sample", PROMPTS[0], "--adapter", "{missing}"], "no such file"), (["--sample", PROMPTS[0], "--adapter", "{truncated}"], "safetensors"),
     (["--sample", PROMPTS[0], "--adapter", "{other}"], "not an adapter"), (["--sample", PROMPTS[0], "--adapter", "{misfit}"], "head"),
     (["--sample", ""], "--sample"), (["--sample", PROMPTS[0], "--pretrain"], "one of them"),
+    (["--method", "grpo"], "on-policy"), (["--study", "noise"], "entropy"), (["--study", "cost", "--method", "semi"], "one of them"), (["--sweep", "0.4;1"], "--sweep"),
+    (["--sweep", "0"], "--sweep"), (["--clip-range", "0"], "--clip-range"), (["--clip-range", "nan"], "--clip-range"), (["--timesteps", "1,x"], "--timesteps"),
+    (["--timesteps", "1,0.5,0.6"], "--timesteps"), (["--timesteps", "0.9,0.5"], "--timesteps"), (["--buffer", "{missing}"], "no such file"),
+    (["--buffer", "{other}"], "made with base"), (["--buffer", "{missing}", "--method", "sde-grpo"], "leave it out"), (["--buffer-groups", "0"], "--buffer-groups"),
     (["--out", "{afile}/run"], "is a file"), (["--sample", PROMPTS[0], "--out", "{afile}/c.gif"], "is a file"), (["--out", "."], "not empty"),
     (["--out", "{afile}"], "is a file"), (["--sample", PROMPTS[0], "--out", "clip.mp4"], ".gif"), (["--pretrain", "--out", "{afile}"], "is a file"),
     (["--clip", "{missing}"], "open_clip"), (["--clip", "NoSuch:tag"], "NoSuch"), (["--clip", "ViT-B-32:nosuchtag"], "laion2b"), (["--clip", "ViT-B-32:{afile}.pt"], "neither"),
