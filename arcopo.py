@@ -1,6 +1,9 @@
 """AR-CoPO: align a streaming, few-step, autoregressive video generator with rewards. One file, to be read beside the paper.
 
-    python arcopo.py --steps 100                                            align the shipped base, judge it, leave a run folder
+    python arcopo.py --steps 100                                            the paper's recipe: train two adapters, merge, judge
+    python arcopo.py --method on-policy --steps 100                         one training alone; also semi, off-policy, sde-grpo
+    python arcopo.py --study entropy                                        which noise decides a chunk (Fig. 6); also cost
+    python arcopo.py --base assets/teacher.safetensors --steps 100          the recipe on a flow-matching model
     python arcopo.py --sample "a red circle moving right" --out clip.gif    stream one clip (--adapter FILE: of the aligned model)
     python arcopo.py --pretrain                                             make the base itself from nothing
 
@@ -9,28 +12,32 @@ built on He et al., Neighbor GRPO, arXiv 2511.16955; the generator is a miniatur
 
 Symbol          in the paper    here
 L, p            Sec. 3.2        model.chunks, pivot (from 0; from 1 in what is printed)
-T, t            Sec. 3.2        model.timesteps, one of them
+T, t            Sec. 3.2        model.timesteps, one of them (s: the next one, and 0 after the last)
 F_θ(x_t, h, t)  Eq. 4           model.predict(x_t, t, context)
 h_{p-1}         Alg. 1          Context
 ε*, ε⁽ⁱ⁾, σ, G   Eq. 1           noise.initial, neighbor_noise, sigma, group
-x_t⁽ⁱ⁾, x̂₀⁽ⁱ⁾     Eq. 2, 4        fork's states, fork's predictions (the candidates)
-x̂₀^(θ), B       Eq. 4, Sec. 3.1 replay's predictions, anchors
+x_t⁽ⁱ⁾, x̂₀⁽ⁱ⁾     Eq. 2, 4        a Fork's states, its candidates
+x̂₀^(θ), B       Eq. 4, Sec. 3.1 replay, anchors
 d⁽ⁱ⁾, τ, π_θ(i)  Eq. 2, 5        surrogate_log_policy, tau
 r⁽ⁱ⁾, A⁽ⁱ⁾        Eq. 3           reward, group_advantages
 ρ⁽ⁱ⁾, ε (clip)   Eq. 3           exp(log_ratio), clip_range
 J(θ)            Eq. 3           clipped_objective
+Δ, s            Sec. 3.3, 4.4   Adapter, merge_adapters, choose_strength
 
 How this departs from the paper:
 1. The world is a toy (reward.py): 32x32 clips, 4 chunks of 3 frames, a 3 M parameter generator on pixels. So the defaults that
-   depend on size differ (learning rate, rank); --help shows the paper's value beside each.
+   depend on size differ (learning rate, σ, prompts, rank); --help shows the paper's value beside each.
 2. The P prompts of an iteration share the pivot and the indices of the anchors, so that all of them run as one batch.
 3. d is the plain sum of squares; tau is given for one element and multiplied by their number, so that it does not depend on size.
 4. The three rewards are put on one scale by their mean and deviation on the base's own clips before they are weighted and added.
 5. π_old is that of the first replay, not of the rollout (see update); σ_r has a floor, so that a nearly flat group moves little.
-6. The same anchors serve all updates of an iteration; J is averaged over anchors, steps and prompts.
+6. The same anchors serve all updates of an on-policy iteration; J is averaged over anchors, steps and prompts.
 7. The base is distilled from its teacher on real past chunks, where Self-Forcing trains on its own rollouts.
+8. SDE-GRPO forks at a chunk as AR-CoPO does, so that just the exploration and the policy differ: kinder to it than whole rollouts.
+9. The sampler's times are lower than those the student was mostly distilled at: with these its solver noise decides little, which
+   is how the paper finds its base (Fig. 6). s is chosen on the clips that the table reports, as in the paper.
 
-In shapes: T steps, L chunks, P prompts, G branches of a group, B anchors, N rows of a batch; x_t is [N, frames, 3, height, width].
+In shapes: P prompts, T steps, L chunks, G branches of a group, B anchors, N rows of a batch; x_t is [N, frames, 3, height, width].
 """
 
 import argparse
@@ -137,8 +144,10 @@ class Settings:
         modes = [f"--{name}" for name in ("sample", "pretrain", "study", "method") if getattr(self, name)]
         if len(modes) > 1:
             raise UserError(f"{' and '.join(modes)}: name one of them")
-        if self.buffer and self.method in ("on-policy", "sde-grpo"):
-            raise UserError(f"--buffer {self.buffer}: --method {self.method} rolls out its own groups; leave it out")
+        if self.buffer and (self.sample or self.pretrain or self.study or self.method in ("on-policy", "sde-grpo")):
+            raise UserError(f"--buffer {self.buffer}: nothing draws from it here; it goes with the recipe, semi or off-policy")
+        if self.timesteps and self.pretrain:
+            raise UserError(f"--timesteps {self.timesteps}: goes with sampling and training; --pretrain has its own")
         if self.anchors > self.group:
             raise UserError(f"--anchors {self.anchors}: must be at most --group, which is {self.group}")
         if self.width % self.heads:
@@ -158,8 +167,8 @@ ADAPTER, TRAINING, CALIBRATION, JUDGING, SAMPLING, BUFFER, CURVE, STUDY = range(
 # ------------------------------------------------------------------ model
 
 PATCH = 8
-TIMESTEPS = (1.0, 0.3, 0.15, 0.07)       # lower than a large model's: a small clip keeps little of its content under strong noise,
-DISTILLED_AT = (1.0, 0.6, 0.33, 0.14)    # and with these, which distillation prefers, solver noise still decides something (see C1)
+TIMESTEPS = (1.0, 0.3, 0.15, 0.07)       # the sampler's; low, because a small clip keeps little of its content under strong noise
+DISTILLED_AT = (1.0, 0.6, 0.33, 0.14)    # the times that distillation prefers
 FLOW_TIMESTEPS = (1.0, 0.9, 0.78, 0.66, 0.54, 0.42, 0.28, 0.14)      # of the flow-matching teacher
 
 
@@ -211,6 +220,8 @@ class Generator(nn.Module):
     decode(latents)          -> clips in [0, 1]          here latents are pixels in [-1, 1]
     timesteps, chunk_shape, chunks                       the T times of the sampler, the shape of x_t for one row, L
     flow                                                 False: a consistency model (CM); True: a flow-matching one (FM)
+    solver_steps                                         how often the sampler adds noise: T - 1, or 0 for an FM
+    device                                               where its tensors are; an Adapter sits beside its nn.Linear layers
 
     x_t = (1 - t) x₀ + t ε, with t = 1 pure noise. A Context is a NamedTuple of tensors with rows first, as all that has rows here.
     """
@@ -235,6 +246,10 @@ class Generator(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.position.device
+
+    @property
+    def solver_steps(self) -> int:
+        return 0 if self.flow else len(self.timesteps) - 1
 
     def begin(self, prompts: list[str]) -> Context:
         ids = attributes(prompts) + torch.tensor([0, len(COLOURS), len(COLOURS) + len(SHAPES)])
@@ -316,13 +331,12 @@ class Noise(NamedTuple):
 
 
 def draw_noise(model: Generator, rows: int, generator: torch.Generator) -> Noise:
-    solver = 0 if model.flow else len(model.timesteps) - 1
-    noise = torch.randn(rows, model.chunks, 1 + solver, *model.chunk_shape, generator=generator).to(model.device)
+    noise = torch.randn(rows, model.chunks, 1 + model.solver_steps, *model.chunk_shape, generator=generator).to(model.device)
     return Noise(noise[:, :, 0], noise[:, :, 1:])
 
 
-def compared(model: Generator, x_t: Tensor, x0: Tensor, t: float | Tensor, s: float | Tensor) -> Tensor:
-    """What distances are taken between after a step from t down to s. CM: the clean prediction (Eq. 4). FM: x_s, an Euler step of the
+def comparison_point(model: Generator, x_t: Tensor, x0: Tensor, t: float | Tensor, s: float | Tensor) -> Tensor:
+    """What distances are taken between, in a step from t down to s. CM: the clean prediction (Eq. 4). FM: x_s, an Euler step of the
     flow's ODE (Eq. 2). At the last step, s = 0, both are the finished chunk."""
     return x0 + s / t * (x_t - x0) if model.flow else x0
 
@@ -330,21 +344,22 @@ def compared(model: Generator, x_t: Tensor, x0: Tensor, t: float | Tensor, s: fl
 def denoise(model: Generator, context: Context, initial: Tensor, solver: Tensor) -> tuple[Tensor, Tensor]:
     """One chunk from its noise in T steps. CM, as Self-Forcing samples: predict x̂₀, re-noise it to the next time. FM: Euler.
 
-    initial [N, *chunk_shape], solver [N, T-1, *chunk_shape] -> states x_t and what is compared, both [N, T, *chunk_shape]; the
+    initial [N, *chunk_shape], solver [N, T-1, *chunk_shape] -> states x_t and comparison points, both [N, T, *chunk_shape]; the
     last of the latter is the finished chunk.
     """
-    x_t, states, outputs = initial, [], []
+    x_t, states, points = initial, [], []
     for i, (t, s) in enumerate(zip(model.timesteps, (*model.timesteps[1:], 0.0))):
         states.append(x_t)
-        outputs.append(compared(model, x_t, model.predict(x_t, t, context), t, s))
+        points.append(comparison_point(model, x_t, model.predict(x_t, t, context), t, s))
         if s > 0:
-            x_t = outputs[-1] if model.flow else (1 - s) * outputs[-1] + s * solver[:, i]
-    return torch.stack(states, 1), torch.stack(outputs, 1)
+            x_t = points[-1] if model.flow else (1 - s) * points[-1] + s * solver[:, i]
+    return torch.stack(states, 1), torch.stack(points, 1)
 
 
 @torch.no_grad()
 def rollout(model: Generator, context: Context, noise: Noise, start: int, stop: int) -> tuple[list[Tensor], Context]:
-    """Stream chunks start..stop-1 behind their context: a list of [N, *chunk_shape], and the context after them."""
+    """Stream chunks start..stop-1 behind their context: a list of [N, *chunk_shape], and the context after them (the clip's last one is not
+    written: nothing follows it)."""
     chunks = []
     for p in range(start, stop):
         chunks.append(denoise(model, context, noise.initial[:, p], noise.solver[:, p])[1][:, -1])
@@ -364,9 +379,9 @@ def sample(model: Generator, prompts: list[str], noise: Noise) -> Tensor:
 class Fork(NamedTuple):
     """The G branches of P prompts at the pivot chunk: what the update and the semi-on-policy buffer need of them."""
     context: Context        # h_{p-1}, P rows
-    base: Tensor            # [P, *chunk_shape]              ε_p*
+    base: Tensor            # [P, *chunk_shape]              ε_p*, which no update needs: the paper's entry of the buffer holds it
     states: Tensor          # [P, T, G, *chunk_shape]        x_t⁽ⁱ⁾; the first is ε_p⁽ⁱ⁾
-    candidates: Tensor      # [P, T, G, *chunk_shape]        what is compared: x̂₀,t⁽ⁱ⁾ of a CM; the last is x_p⁽ⁱ⁾
+    candidates: Tensor      # [P, T, G, *chunk_shape]        the comparison points, x̂₀,t⁽ⁱ⁾ of a CM; the last is x_p⁽ⁱ⁾
 
 
 @torch.no_grad()
@@ -381,16 +396,16 @@ def fork(model: Generator, prompts: list[str], pivot: int, group: int, radii: tu
     P = len(prompts)
     prefix, context = rollout(model, model.begin(prompts), noise, 0, pivot)                     # line 2: once, with P rows
     branch, shared = context.repeat(group), noise.repeat(group)                                 # line 3: P * G rows
-    own = torch.cat([noise.initial[:, pivot, None], noise.solver[:, pivot]], 1)                 # [P, 1 + solver, *chunk_shape]
-    own = [neighbor_noise(own[:, i], radius, group, generator) for i, radius in enumerate(radii)]       # line 4: [G, P, *chunk_shape]
-    own = torch.stack(own, 2).transpose(0, 1).flatten(0, 1)                                     # [P * G, 1 + solver, *chunk_shape]
-    states, outputs = denoise(model, branch, own[:, 0], own[:, 1:])                             # line 5
-    chunks = [chunk.repeat_interleave(group, 0) for chunk in prefix] + [outputs[:, -1]]
+    base = torch.cat([noise.initial[:, pivot, None], noise.solver[:, pivot]], 1)                # [P, T, *chunk_shape]
+    own = [neighbor_noise(base[:, i], radius, group, generator) for i, radius in enumerate(radii)]      # line 4: [G, P, *chunk_shape]
+    own = torch.stack(own, 2).transpose(0, 1).flatten(0, 1)                                     # [P * G, T, *chunk_shape]
+    states, points = denoise(model, branch, own[:, 0], own[:, 1:])                              # line 5
+    chunks = [chunk.repeat_interleave(group, 0) for chunk in prefix] + [points[:, -1]]
     if pivot + 1 < model.chunks:
-        chunks += rollout(model, model.extend(branch, outputs[:, -1]), shared, pivot + 1, model.chunks)[0]
+        chunks += rollout(model, model.extend(branch, points[:, -1]), shared, pivot + 1, model.chunks)[0]
     clips = model.decode(torch.stack(chunks, 1)).unflatten(0, (P, group))
-    states, outputs = (x.unflatten(0, (P, group)).transpose(1, 2) for x in (states, outputs))
-    return Fork(context, noise.initial[:, pivot], states, outputs), clips
+    states, points = (x.unflatten(0, (P, group)).transpose(1, 2) for x in (states, points))
+    return Fork(context, noise.initial[:, pivot], states, points), clips
 
 
 # ------------------------------------------------------------------ objective (pure functions of tensors: lift them out)
@@ -435,13 +450,10 @@ def surrogate_log_policy(candidates: Tensor, anchor: Tensor, tau: float) -> Tens
     return F.log_softmax(-d / tau, 0)
 
 
-def gaussian_log_policy(x: Tensor, mean: Tensor, std: float) -> Tensor:
-    """log N(x; mean, std² I): the policy of SDE-GRPO (DanceGRPO, Flow-GRPO), where x is what a re-noising step made of its mean.
-
-    x [N, ...] is constant, mean [N, ...] carries the gradient -> [N]; a plain sum over all other axes, not their mean.
-    """
-    z = (x - mean).flatten(1) / std
-    return -(z.square() + math.log(2 * math.pi * std**2)).sum(1) / 2
+def gaussian_log_density(x: Tensor, mean: Tensor, std: float | Tensor) -> Tensor:
+    """log N(x; mean, std²) element by element: the policy of SDE-GRPO, where x is what re-noising made of its mean. All broadcast."""
+    std = torch.as_tensor(std)
+    return -((x - mean) / std).square() / 2 - std.log() - math.log(2 * math.pi) / 2
 
 
 def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:
@@ -509,6 +521,8 @@ class Adapter:
                 ranks.add(len(A))
             if len(ranks) != 1 or 0 in ranks:
                 raise ValueError(f"its ranks are {sorted(ranks)}, not one")
+            if not 0 < float(metadata["alpha"]) < math.inf:
+                raise ValueError(f"its alpha is {metadata['alpha']}")
             return cls(weights, float(metadata["alpha"]))
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"--adapter {file}: not an adapter of this base ({one_line(error)})") from error
@@ -527,7 +541,7 @@ def merge_adapters(*terms: tuple[Adapter, float]) -> Adapter:
 # ------------------------------------------------------------------ training
 
 def replay(model: Generator, branches: Fork, anchors: Tensor) -> Tensor:
-    """Eq. 4: predict anew from the anchors' stored states -> what is compared, [P, T, B, *chunk_shape]. All that is differentiated.
+    """Eq. 4: predict anew from the anchors' stored states -> [P, T, B, *chunk_shape], comparison points. All that is differentiated.
 
     All steps run as one batch; one step at a time gives the same and needs a T-th of the memory.
     """
@@ -536,7 +550,7 @@ def replay(model: Generator, branches: Fork, anchors: Tensor) -> Tensor:
     t, s = (torch.tensor(z, device=x_t.device).repeat_interleave(B).repeat(P)
             for z in (model.timesteps, (*model.timesteps[1:], 0.0)))                            # [P * T * B] each
     x0 = model.predict(x_t.flatten(0, 2), t, branches.context.repeat(T * B)).view_as(x_t)
-    return compared(model, x_t, x0, *(z.view(P, T, B, 1, 1, 1, 1) for z in (t, s)))
+    return comparison_point(model, x_t, x0, *(z.view(P, T, B, 1, 1, 1, 1) for z in (t, s)))
 
 
 def contrastive_log_policies(branches: Fork, replayed: Tensor, tau: float) -> Tensor:
@@ -548,13 +562,13 @@ def contrastive_log_policies(branches: Fork, replayed: Tensor, tau: float) -> Te
 
 
 def sde_log_policies(branches: Fork, replayed: Tensor, timesteps: tuple[float, ...]) -> Tensor:
-    """SDE-GRPO: log-probability of each re-noising x_s⁽ⁱ⁾ ~ N((1-s) x̂₀^(θ), s² I), a mean over elements as in Flow-GRPO's code.
+    """SDE-GRPO: log-probability of each re-noising, x_s ~ N((1-s) x̂₀^(θ), s² I); a mean over elements, as in Flow-GRPO's code.
 
-    replayed [P, T, G, *chunk_shape] (each branch is its own anchor) -> [P, T-1, 1, G].
+    replayed [P, T, G, *chunk_shape], each branch its own anchor -> [P, T-1, 1, G]: the last step adds no noise, so it has no policy.
     """
-    steps = [gaussian_log_policy(branches.states[:, i].flatten(0, 1), (1 - s) * replayed[:, i - 1].flatten(0, 1), s)
-             for i, s in enumerate(timesteps) if i > 0]
-    return torch.stack(steps, 1).view(*replayed.shape[:1], replayed.shape[2], -1).transpose(1, 2)[:, :, None] / replayed[0, 0, 0].numel()
+    s = torch.tensor(timesteps[1:], device=replayed.device).view(-1, 1, 1, 1, 1, 1)
+    density = gaussian_log_density(branches.states[:, 1:], (1 - s) * replayed[:, :-1], s)       # [P, T-1, G, *chunk_shape]
+    return density.flatten(3).mean(3)[:, :, None]
 
 
 class Method(NamedTuple):
@@ -571,12 +585,13 @@ def update(model: Generator, adapter: Adapter, branches: Fork, anchors: Tensor, 
     """Algorithm 1, lines 8 and 9: a few steps up J on the pivot chunk only. advantages [P, G] -> diagnostics:
 
     ratio_first (mean at the first update; on-policy 1), clip_fraction (terms whose gradient the clip stops, at the last update),
-    grad_norm (mean over updates), replay_error (largest difference of replay and rollout at first), skipped (non-finite updates).
+    grad_norm (mean over updates), replay_error (largest difference between rollout and replay by the same policy), skipped (updates).
     """
     parameters, ratios, norms, skipped, old = adapter.parameters(), [], [], 0, None
     if method.buffered:
         with torch.no_grad():                                  # the adapter is off: π_old is π_ref, the clip a trust region around it
-            old = method.log_policies(branches, replay(model, branches, anchors))
+            first = replay(model, branches, anchors)
+            old = method.log_policies(branches, first)
     for _ in range(updates):
         with adapter.on(model):
             replayed = replay(model, branches, anchors)                                         # line 8
@@ -584,9 +599,7 @@ def update(model: Generator, adapter: Adapter, branches: Fork, anchors: Tensor, 
         if old is None:
             # π_old from this very replay and not from the rollout, which ran another batch size and, in bf16 on some devices, is
             # rounded otherwise: the first ratio is exp(x - x), exactly 1, and its gradient is that of log π_θ all the same.
-            old = log_policy.detach()
-        if not ratios:
-            replay_error = (replayed.detach() - branches.candidates[:, :, anchors]).abs().max()
+            first, old = replayed.detach(), log_policy.detach()
         log_ratio = log_policy - old
         J = clipped_objective(log_ratio, advantages[:, None, None], method.clip)
         optimizer.zero_grad()
@@ -599,20 +612,20 @@ def update(model: Generator, adapter: Adapter, branches: Fork, anchors: Tensor, 
             skipped += 1
     clipped = ((ratios[-1] - 1) * advantages[:, None, None].sign() > method.clip).float().mean()
     return {"ratio_first": ratios[0].mean().item(), "clip_fraction": clipped.item(), "grad_norm": torch.stack(norms).mean().item(),
-            "replay_error": replay_error.item(), "skipped": skipped}
+            "replay_error": (first - branches.candidates[:, :, anchors]).abs().max().item(), "skipped": skipped}
 
 
-def explore(model: Generator, reward: Callable, prompts: int, group: int, radii: tuple[float, ...],
+def explore(model: Generator, reward: Callable, P: int, group: int, radii: tuple[float, ...],
             generator: torch.Generator) -> tuple[int, Fork, dict[str, Tensor]]:
-    """Algorithm 1, lines 1 to 5, for training prompts at random -> the pivot, the Fork, and {"reward", any components: [P, G]}.
+    """Algorithm 1, lines 1 to 5, for P training prompts at random -> the pivot, the Fork, {"reward", any components: [P, G]}.
 
     reward(clips [N, FRAMES, 3, SIZE, SIZE], prompts) -> {"reward": [N], any components: [N]}.
     """
-    chosen = [TRAIN_PROMPTS[i] for i in torch.randperm(len(TRAIN_PROMPTS), generator=generator)[:prompts]]
+    chosen = [TRAIN_PROMPTS[i] for i in torch.randperm(len(TRAIN_PROMPTS), generator=generator)[:P]]
     pivot = int(torch.randint(model.chunks, (), generator=generator))                           # line 1
-    branches, clips = fork(model, chosen, pivot, group, radii, draw_noise(model, prompts, generator), generator)
+    branches, clips = fork(model, chosen, pivot, group, radii, draw_noise(model, P, generator), generator)
     scores = reward(clips.flatten(0, 1), [prompt for prompt in chosen for _ in range(group)])
-    return pivot, branches, {name: value.view(prompts, group).to(model.device) for name, value in scores.items()}
+    return pivot, branches, {name: value.view(P, group).to(model.device) for name, value in scores.items()}
 
 
 Buffer = dict[int, dict[str, Tensor]]
@@ -620,11 +633,11 @@ Buffer = dict[int, dict[str, Tensor]]
 is, a Fork's tensors and "reward" [rows, G], a row for each group. Rolled out once by the reference policy; nothing writes to it again."""
 
 
-def collect_buffer(rollouts: Callable, size: int, prompts: int, seed: int) -> Buffer:
-    """`size` groups, `prompts` at a time. rollouts(prompts, generator) is explore of the reference policy: no adapter may be on."""
+def collect_buffer(rollouts: Callable, size: int, P: int, seed: int) -> Buffer:
+    """`size` groups, P at a time. rollouts(P, generator) is explore of the reference policy: no adapter may be on."""
     found, bar = {}, tqdm(total=size, desc="buffer", unit="group")
-    for first in range(0, size, prompts):
-        pivot, branches, scores = rollouts(min(prompts, size - first), seeded(seed, BUFFER, first))
+    for first in range(0, size, P):
+        pivot, branches, scores = rollouts(min(P, size - first), seeded(seed, BUFFER, first))
         found.setdefault(pivot, []).append(branches.context._asdict() | {name: x.half() for name, x in branches._asdict().items()
                                                                          if name != "context"} | {"reward": scores["reward"]})
         bar.update(len(branches.base))
@@ -632,11 +645,11 @@ def collect_buffer(rollouts: Callable, size: int, prompts: int, seed: int) -> Bu
     return {pivot: {name: torch.cat([part[name] for part in parts]) for name in parts[0]} for pivot, parts in sorted(found.items())}
 
 
-def draw_from(buffer: Buffer, prompts: int, generator: torch.Generator) -> tuple[int, Fork, dict[str, Tensor]]:
-    """Groups of the buffer at random, as explore gives them: up to `prompts` of those that were forked at the same chunk."""
+def draw_from(buffer: Buffer, P: int, generator: torch.Generator) -> tuple[int, Fork, dict[str, Tensor]]:
+    """Groups of the buffer at random, as explore gives them: up to P of those that were forked at the same chunk."""
     counts = torch.tensor([len(groups["reward"]) for groups in buffer.values()], dtype=torch.float32)
     pivot = list(buffer)[int(torch.multinomial(counts, 1, generator=generator))]
-    rows = torch.randperm(len(buffer[pivot]["reward"]), generator=generator)[:prompts]
+    rows = torch.randperm(len(buffer[pivot]["reward"]), generator=generator)[:P]
     groups = {name: x[rows.to(x.device)] for name, x in buffer[pivot].items()}                  # copies: the buffer stays as it is
     context = Context(*(groups[name] for name in Context._fields))
     return pivot, Fork(context, *(groups[name].float() for name in Fork._fields[1:])), {"reward": groups["reward"]}
@@ -647,16 +660,21 @@ def save_buffer(buffer: Buffer, file: Path, about: dict) -> None:
                   {"buffer": json.dumps(about)})
 
 
-def load_buffer(file: str, about: dict, device: str) -> Buffer:
+def load_buffer(file: str, about: dict, model: Generator) -> Buffer:
     """Raises UserError for a file that is missing, broken or was made with another base, reward or neighbourhood than `about` says."""
     tensors, metadata = read_weights(file, "--buffer")
-    made = json.loads(metadata.get("buffer", "{}"))
-    for name, value in about.items():
-        if made.get(name) != value:
-            raise UserError(f"--buffer {file}: made with {name} {made.get(name)}, not {value}; collect another by leaving --buffer out")
-    buffer = {}
-    for name, x in sorted(tensors.items()):
-        buffer.setdefault(int(name.split(".")[0]), {})[name.split(".")[1]] = x.to(device)
+    try:
+        made, buffer = json.loads(metadata["buffer"]), {}
+        for name in about:
+            if made[name] != about[name]:
+                raise UserError(f"--buffer {file}: made with {name} {made[name]}, not {about[name]}; without --buffer one is collected")
+        for name, x in sorted(tensors.items()):
+            buffer.setdefault(int(name.split(".")[0]), {})[name.split(".")[1]] = x.to(model.device)
+        for pivot, groups in buffer.items():
+            if set(groups) != {"reward", *Context._fields, *Fork._fields[1:]} or not 0 <= pivot < model.chunks:
+                raise ValueError(f"holds {', '.join(groups)} of chunk {pivot + 1}")
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise UserError(f"--buffer {file}: not a buffer that this script wrote ({one_line(error)})") from error
     return buffer
 
 
@@ -666,7 +684,7 @@ def mean_of(rows: list[dict], column: str) -> float:
 
 def methods(model: Generator, settings: Settings) -> dict[str, Method]:
     """The paper's methods, each a change to the one before."""
-    solver = 0 if model.flow else len(model.timesteps) - 1
+    solver = model.solver_steps
     on_policy = Method((settings.sigma, *[0.0] * solver), lambda *x: contrastive_log_policies(*x, settings.tau), settings.clip_range)
     semi = on_policy._replace(buffered=True)                                                    # Sec. 3.3
     off_policy = semi._replace(clip=math.inf)                                                   # Table 2
@@ -678,12 +696,12 @@ def methods(model: Generator, settings: Settings) -> dict[str, Method]:
 def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer, method: Method, reward: Callable, buffer: Buffer | None,
             settings: Settings, generator: torch.Generator) -> dict:
     """One iteration for P prompts -> a row of metrics: the pivot (from 1), means of reward and components, deviation (of the reward
-    inside a group), flat_groups (share of them with a deviation below the floor), update's diagnostics, seconds.
+    inside a group), flat_groups (share of them with a deviation below the floor), update's diagnostics (the last update's), seconds.
 
-    On-policy all updates use one batch of groups (Algorithm 1); from a buffer each draws its own (Sec. 3.3).
+    On-policy all updates use one batch of groups (Algorithm 1); from a buffer, whose reward is the reference's, each draws its own.
     """
-    began, (draws, updates) = time.perf_counter(), (settings.updates, 1) if method.buffered else (1, settings.updates)
-    for _ in range(draws):
+    began, rows = time.perf_counter(), []
+    for _ in range(settings.updates if method.buffered else 1):
         if method.buffered:
             pivot, branches, scores = draw_from(buffer, settings.prompts, generator)
         else:
@@ -693,10 +711,12 @@ def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer
         anchors = torch.randperm(settings.group, generator=generator)[: settings.anchors]
         if method.all_anchors:
             anchors = torch.arange(settings.group)
-        row = update(model, adapter, branches, anchors, advantages, method, optimizer, updates)
+        updates = 1 if method.buffered else settings.updates
+        rows.append(update(model, adapter, branches, anchors, advantages, method, optimizer, updates))
     deviation = scores["reward"].std(1, correction=0)
-    row = {"deviation": deviation.mean().item(), "flat_groups": (deviation < settings.floor).float().mean().item()} | row
-    return {"pivot": pivot + 1} | {k: v.mean().item() for k, v in scores.items()} | row | {"seconds": time.perf_counter() - began}
+    row = {"pivot": pivot + 1} | {name: value.mean().item() for name, value in scores.items()}
+    row |= {"deviation": deviation.mean().item(), "flat_groups": (deviation < settings.floor).float().mean().item()}
+    return row | rows[-1] | {"skipped": sum(r["skipped"] for r in rows), "seconds": time.perf_counter() - began}
 
 
 def align(name: str, model: Generator, reward: Callable, settings: Settings, folder: Path,
@@ -714,6 +734,7 @@ def align(name: str, model: Generator, reward: Callable, settings: Settings, fol
         with adapter.on(model):
             judged = evaluate(*held_out_clips(model, CURVE_SAMPLES, settings.seed, CURVE), reward)
         curve.add({"step": step} | {column: value.mean().item() for column, value in judged.items()})
+        adapter.save(folder / f"{name}.safetensors")
 
     judge_now(0)
     bar = tqdm(range(1, settings.steps + 1), desc=name, unit="it")
@@ -725,7 +746,6 @@ def align(name: str, model: Generator, reward: Callable, settings: Settings, fol
             judge_now(step)
         bar.set_postfix_str(f"reward {mean_of(metrics.rows[-10:], 'reward'):+.2f}, held out {curve.rows[-1]['reward']:+.2f}, "
                             f"clipped {row['clip_fraction']:.0%}" + (f", skipped {skipped} non-finite" if skipped else ""))
-    adapter.save(folder / f"{name}.safetensors")
     return adapter, curve.rows
 
 
@@ -761,7 +781,7 @@ def save_generator(model: Generator, file: Path) -> None:
 
 
 def check_timesteps(times: tuple[float, ...]) -> None:
-    if times[:1] != (1,) or min(times) <= 0 or any(t <= s for t, s in zip(times, times[1:])):
+    if times[:1] != (1,) or not all(t > s for t, s in zip(times, (*times[1:], 0))):
         raise ValueError(f"timesteps {times} do not fall from 1 toward 0")
 
 
@@ -975,26 +995,23 @@ def study_entropy(model: Generator, reward: Callable, settings: Settings, folder
     pixels and the frames of the pivot chunk, and of all chunks from there on) and of the reward (mean over prompts), and entropy.png:
     for one prompt a block for each source (down) and pivot (across), with the chunks' middle frames of three branches.
     """
-    branches = 4
-    sources = ["nothing", "initial noise"] + ([] if model.flow else [f"solver noise {i}" for i in range(1, len(model.timesteps))])
+    group, sources = 4, ["nothing", "initial noise"] + [f"solver noise {i + 1}" for i in range(model.solver_steps)]
     rows, pictures = Rows(folder / "entropy.csv"), {}
     for pivot in tqdm(range(model.chunks), desc="entropy", unit="pivot"):
         for i, source in enumerate(sources):
-            radii = tuple(float(k + 1 == i) for k in range(max(1, len(sources) - 1)))
+            radii = tuple(float(k + 1 == i) for k in range(len(sources) - 1))
             noise, generator = draw_noise(model, len(HELD_OUT_PROMPTS), seeded(settings.seed, STUDY)), seeded(settings.seed, STUDY, i)
-            clips = fork(model, HELD_OUT_PROMPTS, pivot, branches, radii, noise, generator)[1]      # [P, G, FRAMES, 3, H, W]
-            scores = reward(clips.flatten(0, 1), [p for p in HELD_OUT_PROMPTS for _ in range(branches)])["reward"]
-            chunks = clips.unflatten(2, (model.chunks, -1))
-            chunks = (chunks - chunks[:, :1]).var(1, correction=0)[:, pivot:]                   # [P, L - p, frames, 3, H, W]
-            rows.add({"source": source, "pivot": pivot + 1, "pivot_chunk": chunks[:, 0].mean().sqrt().item(),
-                      "rest_of_clip": chunks.mean().sqrt().item(),
-                      "reward": scores.view(-1, branches).std(1, correction=0).mean().item()})
+            clips = fork(model, HELD_OUT_PROMPTS, pivot, group, radii, noise, generator)[1]     # [P, G, FRAMES, 3, H, W]
+            scores = reward(clips.flatten(0, 1), [p for p in HELD_OUT_PROMPTS for _ in range(group)])["reward"]
+            variance = (clips - clips[:, :1]).var(1, correction=0).unflatten(1, (model.chunks, -1))     # [P, L, frames, 3, H, W]
+            rows.add({"source": source, "pivot": pivot + 1, "pivot_chunk": variance[:, pivot].mean().sqrt().item(),
+                      "from_pivot_on": variance[:, pivot:].mean().sqrt().item(),
+                      "reward": scores.view(-1, group).std(1, correction=0).mean().item()})
             pictures[source, pivot] = clips[0, :3, CHUNK_FRAMES // 2 :: CHUNK_FRAMES]           # [3, L, 3, H, W]
-    image = torch.cat([torch.cat([F.pad(pictures[source, p], (1, 1, 1, 1), value=0.5).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-                                  for p in range(model.chunks)], 1) for source in sources[1:]])
-    iio.imwrite(folder / "entropy.png", (image * 255).round().byte().cpu().numpy(), extension=".png")
+    across = [torch.cat([pictures[source, p] for p in range(model.chunks)], 1) for source in sources[1:]]
+    save_filmstrip(torch.stack(across), folder / "entropy.png")
     lines = [f"{'deviation between branches':<28}" + "".join(f"{f'pivot {p + 1}':>9}" for p in range(model.chunks))]
-    for column in ("pivot_chunk", "rest_of_clip", "reward"):
+    for column in ("pivot_chunk", "from_pivot_on", "reward"):
         for source in sources:
             values = [row[column] for row in rows.rows if row["source"] == source]
             lines.append(f"{column.replace('_', ' ') + ', ' + source:<28}" + "".join(f"{value:>9.4f}" for value in values))
@@ -1002,20 +1019,19 @@ def study_entropy(model: Generator, reward: Callable, settings: Settings, folder
 
 
 def study_cost(model: Generator, reward: Callable, settings: Settings, folder: Path) -> str:
-    """Claim of Sec. 3.2: seconds of a fork at each chunk and its update, beside sequence-level GRPO with the same G rollouts, where each
-    runs all L chunks and the gradient goes through every step of every chunk of all of them. Writes cost.csv, a row for each round."""
+    """Sec. 3.2: seconds, without the reward, of a fork at each chunk and its update, beside sequence-level (SDE-)GRPO with the same G:
+    there each rollout runs all L chunks, and the gradient goes through all steps of all chunks of all of them. Writes cost.csv."""
     P, G, rounds, rows = settings.prompts, settings.group, 3, Rows(folder / "cost.csv")
     adapter = Adapter.new(model, settings.rank, settings.alpha, seeded(settings.seed, ADAPTER))
     optimizer = torch.optim.AdamW(adapter.parameters(), settings.lr, weight_decay=0)
     advantages = torch.randn(P, G, generator=seeded(settings.seed, STUDY)).to(model.device)
-    method = methods(model, settings)["on-policy"]
-    whole_method = method if model.flow else methods(model, settings)["sde-grpo"]
+    method, sde = methods(model, settings)["on-policy"], methods(model, settings)["sde-grpo"]
 
     def seconds(call: Callable) -> tuple[float, object]:
         began = time.perf_counter()
         result = call()
         if model.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(model.device)
         return time.perf_counter() - began, result
 
     for step in tqdm(range(rounds + 1), desc="cost", unit="round"):
@@ -1027,7 +1043,7 @@ def study_cost(model: Generator, reward: Callable, settings: Settings, folder: P
                 forked, (branches, _) = seconds(lambda: fork(model, TRAIN_PROMPTS[:P], p, G, method.radii, noise, generator))
             one, _ = seconds(lambda: update(model, adapter, branches, torch.arange(settings.anchors), advantages, method, optimizer,
                                             settings.updates))
-            every, _ = seconds(lambda: update(model, adapter, branches, torch.arange(G), advantages, whole_method, optimizer,
+            every, _ = seconds(lambda: update(model, adapter, branches, torch.arange(G), advantages, sde, optimizer,
                                               settings.updates))
             row |= {f"fork_{p + 1}": forked, f"update_{p + 1}": one}
             whole += every
@@ -1067,12 +1083,12 @@ def run(settings: Settings) -> None:
     check_folder(folder, new=True)
     weights, sweep = parse_weights(settings.reward_weights), parse_sweep(settings.sweep)
     model = load_generator(settings.base, settings.device, settings.precision == "bf16", settings.timesteps)
-    if model.flow and settings.method == "sde-grpo":
-        raise UserError(f"--method sde-grpo: --base {settings.base} is a flow-matching model, whose sampler adds no noise between steps")
+    if not model.solver_steps and (settings.method == "sde-grpo" or settings.study == "cost"):
+        raise UserError(f"--method sde-grpo, --study cost: the sampler of --base {settings.base} adds no noise that SDE-GRPO could explore")
     scorer = ClipReward(settings.clip, settings.device)
     about = {"base": fingerprint(model), "clip": fingerprint(scorer.model), "reward_weights": weights, "group": settings.group,
-             "sigma": settings.sigma}
-    buffer = load_buffer(settings.buffer, about, settings.device) if settings.buffer else None
+             "sigma": settings.sigma, "timesteps": list(model.timesteps), "flow": model.flow}
+    buffer = load_buffer(settings.buffer, about, model) if settings.buffer else None
     reference = sample_batches(model, TRAIN_PROMPTS, seeded(0, CALIBRATION))                    # the same for all seeds: one scale
     reward = WeightedReward(scorer, weights, reference, TRAIN_PROMPTS)
     folder.mkdir(parents=True, exist_ok=True)
@@ -1092,10 +1108,10 @@ def train_and_judge(model: Generator, reward: Callable, settings: Settings, fold
     for method in [settings.method] if settings.method else ["on-policy", "semi"]:
         if method in ("semi", "off-policy") and buffer is None:
             radii = methods(model, settings)[method].radii
-            rollouts = lambda prompts, generator: explore(model, reward, prompts, settings.group, radii, generator)
+            rollouts = lambda P, generator: explore(model, reward, P, settings.group, radii, generator)
             buffer = collect_buffer(rollouts, settings.buffer_groups, settings.prompts, settings.seed)
             save_buffer(buffer, folder / "buffer.safetensors", about)
-        adapters[method], curves[method] = align(method, model, reward, settings, folder, None if method in ("on-policy", "sde-grpo") else buffer)
+        adapters[method], curves[method] = align(method, model, reward, settings, folder, buffer)
     trained = time.perf_counter() - began
 
     models = {"base": []} | {method: [(adapter, 1.0)] for method, adapter in adapters.items()}

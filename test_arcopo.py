@@ -18,7 +18,7 @@ from torch import nn
 import arcopo
 import reward
 from arcopo import (Adapter, Generator, Settings, choose_strength, clipped_objective, collect_buffer, contrastive_log_policies, denoise,
-                    draw_from, draw_noise, explore, fork, gaussian_log_policy, group_advantages, iterate, load_buffer, merge_adapters,
+                    draw_from, draw_noise, explore, fork, gaussian_log_density, group_advantages, iterate, load_buffer, merge_adapters,
                     methods, neighbor_noise, replay, sample, save_buffer, save_generator, sde_log_policies, seeded,
                     surrogate_log_policy, update)
 from reward import CHUNKS, HELD_OUT_PROMPTS, QUALITIES, TRAIN_PROMPTS, ClipReward, UserError, judge, make_clips
@@ -352,10 +352,10 @@ def test_log_policies_are_the_plain_function_for_each_step_prompt_and_anchor():
         assert torch.allclose(batched[p, t, b], plain, atol=1e-5)
 
 
-def test_gaussian_log_policy_is_that_of_torch_distributions():
-    x, mean = torch.randn(2, 3, 4, 5, generator=seeded(0), dtype=torch.double)
-    expected = torch.distributions.Normal(mean, 0.3).log_prob(x).sum((1, 2))
-    assert torch.allclose(gaussian_log_policy(x, mean, 0.3), expected, rtol=1e-12)
+def test_gaussian_log_density_is_that_of_torch_distributions():
+    x, mean = torch.randn(2, 3, 4, generator=seeded(0), dtype=torch.double)
+    for std in (0.3, torch.tensor([0.1, 0.5, 1.0, 2.0], dtype=torch.double)):
+        assert torch.allclose(gaussian_log_density(x, mean, std), torch.distributions.Normal(mean, std).log_prob(x), rtol=1e-6)
 
 
 def test_sde_log_policies_are_those_of_each_re_noising():
@@ -450,7 +450,7 @@ def test_the_buffer_comes_from_the_reference():
 
 
 def test_the_buffer_never_changes(tmp_path):
-    model, about = tiny(), {"base": "x"}
+    model, about = tiny(), {"base": "x", "group": 4}
     buffer = tiny_buffer(model)
     before = {pivot: {name: x.clone() for name, x in groups.items()} for pivot, groups in buffer.items()}
     versions = [x._version for groups in buffer.values() for x in groups.values()]
@@ -459,11 +459,11 @@ def test_the_buffer_never_changes(tmp_path):
     for i in range(8):
         step(i)
     assert versions == [x._version for groups in buffer.values() for x in groups.values()]      # torch counts every write in place
-    for other in (buffer, load_buffer(tmp_path / "buffer.safetensors", about, "cpu")):
+    for other in (buffer, load_buffer(tmp_path / "buffer.safetensors", about, model)):
         assert other.keys() == before.keys()
         assert all(torch.equal(x, before[pivot][name]) for pivot, groups in other.items() for name, x in groups.items())
     with pytest.raises(UserError, match="made with base x, not y"):
-        load_buffer(tmp_path / "buffer.safetensors", {"base": "y"}, "cpu")
+        load_buffer(tmp_path / "buffer.safetensors", about | {"base": "y"}, model)
 
 
 def test_drawing_gives_entries_of_one_chunk_as_they_are():
@@ -653,7 +653,7 @@ def test_a_flow_model_trains_by_the_same_command(tmp_path, capsys):
     assert arcopo.main([str(a) for a in arguments]) == 0
     assert (tmp_path / "run" / "merged.safetensors").is_file()
     assert arcopo.main([str(a) for a in arguments[:5] + [tmp_path / "no", "--method", "sde-grpo"]]) == 2
-    assert "flow-matching" in capsys.readouterr().err
+    assert "no noise" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flow", [False, True])
@@ -663,7 +663,7 @@ def test_the_entropy_study_sees_a_change_just_where_something_is_redrawn(flow, t
     rows = list(csv.DictReader(open(tmp_path / "run" / "entropy.csv")))
     assert len(rows) == (2 if flow else 5) * CHUNKS
     for row in rows:
-        assert all((float(row[column]) == 0) == (row["source"] == "nothing") for column in ("pivot_chunk", "rest_of_clip", "reward"))
+        assert all((float(row[column]) == 0) == (row["source"] == "nothing") for column in ("pivot_chunk", "from_pivot_on", "reward"))
     assert iio.imread(tmp_path / "run" / "entropy.png").ndim == 3
 
 
@@ -700,7 +700,7 @@ def test_pretraining_resumes_to_the_same_weights(tmp_path, monkeypatch):
 
 
 def broken_files(folder: Path, tiny_base: Path) -> dict[str, Path]:
-    files = {name: folder / f"{name}.safetensors" for name in ("missing", "truncated", "other", "misshapen", "timeless", "infinite", "misfit", "afile")}
+    files = {name: folder / f"{name}.safetensors" for name in ("missing", "truncated", "other", "misshapen", "timeless", "infinite", "misfit", "tensorless", "afile")}
     files["truncated"].write_bytes(tiny_base.read_bytes()[:5000])
     save_file({"x": torch.zeros(2)}, files["other"])
     tensors = load_file(tiny_base)
@@ -712,6 +712,7 @@ def broken_files(folder: Path, tiny_base: Path) -> dict[str, Path]:
     adapter = Adapter.new(tiny(), 4, 4.0)
     adapter.weights["head"] = (torch.zeros(4, 31), adapter.weights["head"][1])
     adapter.save(files["misfit"])
+    save_file({"x": torch.zeros(2)}, files["tensorless"], {"buffer": "[1"})
     files["afile"].write_text("in the way")
     return files
 
@@ -734,7 +735,8 @@ BAD = [
     (["--method", "grpo"], "on-policy"), (["--study", "noise"], "entropy"), (["--study", "cost", "--method", "semi"], "one of them"), (["--sweep", "0.4;1"], "--sweep"),
     (["--sweep", "0"], "--sweep"), (["--clip-range", "0"], "--clip-range"), (["--clip-range", "nan"], "--clip-range"), (["--timesteps", "1,x"], "--timesteps"),
     (["--timesteps", "1,0.5,0.6"], "--timesteps"), (["--timesteps", "0.9,0.5"], "--timesteps"), (["--buffer", "{missing}"], "no such file"),
-    (["--buffer", "{other}"], "made with base"), (["--buffer", "{missing}", "--method", "sde-grpo"], "leave it out"), (["--buffer-groups", "0"], "--buffer-groups"),
+    (["--buffer", "{other}"], "not a buffer"), (["--buffer", "{tensorless}"], "not a buffer"), (["--buffer", "{missing}", "--study", "cost"], "nothing draws"),
+    (["--timesteps", "1,nan"], "--timesteps"), (["--pretrain", "--timesteps", "1"], "--timesteps"), (["--method", "sde-grpo", "--timesteps", "1"], "no noise"), (["--buffer", "{missing}", "--method", "sde-grpo"], "nothing draws"), (["--buffer-groups", "0"], "--buffer-groups"),
     (["--out", "{afile}/run"], "is a file"), (["--sample", PROMPTS[0], "--out", "{afile}/c.gif"], "is a file"), (["--out", "."], "not empty"),
     (["--out", "{afile}"], "is a file"), (["--sample", PROMPTS[0], "--out", "clip.mp4"], ".gif"), (["--pretrain", "--out", "{afile}"], "is a file"),
     (["--clip", "{missing}"], "open_clip"), (["--clip", "NoSuch:tag"], "NoSuch"), (["--clip", "ViT-B-32:nosuchtag"], "laion2b"), (["--clip", "ViT-B-32:{afile}.pt"], "neither"),
