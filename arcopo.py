@@ -102,7 +102,7 @@ class Settings:
                              ("bf16 or fp32", lambda v: v in ("bf16", "fp32")))
 
     group: int = setting(12, "AR-CoPO", "branches G of a fork", "12", (">= 2", lambda v: v >= 2))
-    sigma: float = setting(0.5, "AR-CoPO", "radius σ of the neighbourhood in noise space (Eq. 1)", "0.5",
+    sigma: float = setting(0.25, "AR-CoPO", "radius σ of the neighbourhood in noise space (Eq. 1)", "0.5",
                            ("in (0, 1]", lambda v: 0 < v <= 1))
     anchors: int = setting(4, "AR-CoPO", "anchors B of the G candidates (symmetric anchor sampling)", "4", COUNT)
     updates: int = setting(2, "AR-CoPO", "policy updates per iteration", "2", COUNT)
@@ -113,7 +113,7 @@ class Settings:
     quasi_norm: float = setting(0.0, "AR-CoPO", "p of the quasi-norm of the advantages; 0: plain deviation", "0.8 in Neighbor GRPO",
                                 ("0 or in [0.1, 2]", lambda v: v == 0 or 0.1 <= v <= 2))
     floor: float = setting(0.02, "AR-CoPO", "least deviation of a group's rewards; below it, it counts as flat", "", POSITIVE)
-    lr: float = setting(2e-5, "AR-CoPO", "learning rate of AdamW", "1e-5", POSITIVE)
+    lr: float = setting(5e-5, "AR-CoPO", "learning rate of AdamW", "1e-5", POSITIVE)
     rank: int = setting(16, "AR-CoPO", "rank r of the LoRA adapter", "64", UP_TO_4096)
     alpha: float = setting(32.0, "AR-CoPO", "α of the LoRA adapter, which is scaled by α/r", "128", POSITIVE)
 
