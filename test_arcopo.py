@@ -586,6 +586,7 @@ def test_a_few_iterations_raise_a_simple_reward(flow):
 def test_cuda_agrees_with_the_cpu(bf16):
     model = tiny(bf16=bf16)
     on_cpu = forked(model, 1)[1]
+    assert arcopo.choose_precision("auto", "cuda") == "bf16"
     assert torch.allclose(forked(model.cuda(), 1)[1].cpu(), on_cpu, atol=0.05 if bf16 else 1e-3)
     for method in arcopo.METHODS:
         row = trainer(model, nonzero(Adapter.new(model, 4, 4.0, seeded(0))), method=method, buffer=tiny_buffer(model))(0)
@@ -782,6 +783,11 @@ def test_weights_never_load_through_pickle(tmp_path, tiny_base):
 
 
 # ------------------------------------------------------------------ README and help
+
+def test_precision_is_a_choice_and_auto_names_one():
+    assert arcopo.choose_precision("auto", "cpu") in ("bf16", "fp32")
+    assert [arcopo.choose_precision(name, "cpu") for name in ("bf16", "fp32")] == ["bf16", "fp32"]
+
 
 def test_readme_names_what_exists():
     """The names in the README's table of symbols are in the code; its commands use settings that exist."""
