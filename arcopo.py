@@ -124,6 +124,8 @@ class Settings:
     clip: str = setting(str(ASSETS / "clip"), "reward", "open_clip model: ARCH:TAG (ViT-B-32:laion2b_s34b_b79k), ARCH:FILE or a folder",
                         "VideoAlign")
     reward_weights: str = setting("ta=1,vq=1,mq=1", "reward", "weights of text alignment, visual and motion quality", "1 each")
+    reward_noise: float = setting(0.0, "reward", "deviation of noise on the reward of on-policy rollouts: a reward that tells less apart", "",
+                                  (">= 0", lambda v: 0 <= v < math.inf))
     judge_samples: int = setting(8, "reward", "clips of each held-out prompt to judge models on", "", COUNT)
     judge_every: int = setting(20, "reward", "iterations between two points of the held-out curve", "", COUNT)
 
@@ -707,6 +709,7 @@ def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer
         else:
             with adapter.on(model):
                 pivot, branches, scores = explore(model, reward, settings.prompts, settings.group, method.radii, generator)
+            scores["reward"] += settings.reward_noise * torch.randn(scores["reward"].shape, generator=generator).to(model.device)
         advantages = group_advantages(scores["reward"], settings.quasi_norm or None, settings.floor)            # line 7
         anchors = torch.randperm(settings.group, generator=generator)[: settings.anchors]
         if method.all_anchors:
@@ -1198,14 +1201,14 @@ def choose_precision(name: str, device: str) -> str:
     """Processors differ by a factor of ten in bf16: a trial of some milliseconds tells."""
     if name != "auto" or torch.device(device).type == "cuda":
         return "bf16" if name == "auto" else name
-    seconds = {}
-    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        x, weight = torch.ones(2048, 192, dtype=dtype), torch.ones(768, 192, dtype=dtype)
-        for trial in range(6):                                 # the first warms up
+    dtypes, seconds = {"bf16": torch.bfloat16, "fp32": torch.float32}, {"bf16": [], "fp32": []}
+    for _ in range(30):                                        # in turns, and the best of each: other work may be running
+        for precision, dtype in dtypes.items():
+            x, weight = torch.ones(2048, 192, dtype=dtype), torch.ones(768, 192, dtype=dtype)
             began = time.perf_counter()
-            F.gelu(F.linear(x, weight))
-            seconds[precision, trial] = time.perf_counter() - began
-    return min(("bf16", "fp32"), key=lambda precision: min(seconds[precision, trial] for trial in range(1, 6)))
+            F.linear(x, weight)
+            seconds[precision].append(time.perf_counter() - began)
+    return min(seconds, key=lambda precision: min(seconds[precision]))
 
 
 def main(arguments: list[str] | None = None) -> int:
