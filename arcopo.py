@@ -171,7 +171,7 @@ ADAPTER, TRAINING, CALIBRATION, JUDGING, SAMPLING, BUFFER, CURVE, STUDY = range(
 PATCH = 8
 TIMESTEPS = (1.0, 0.3, 0.15, 0.07)       # the sampler's; low, because a small clip keeps little of its content under strong noise
 DISTILLED_AT = (1.0, 0.6, 0.33, 0.14)    # the times that distillation prefers
-FLOW_TIMESTEPS = (1.0, 0.9, 0.78, 0.66, 0.54, 0.42, 0.28, 0.14)      # of the flow-matching teacher
+FLOW_TIMESTEPS = (1.0, 0.9, 0.75, 0.6, 0.4, 0.2)                      # of the flow-matching teacher
 
 
 class Context(NamedTuple):
