@@ -1108,46 +1108,45 @@ def train_and_judge(model: Generator, reward: Callable, settings: Settings, fold
                     about: dict) -> str:
     """The paper's recipe, or one training: align, merge, and judge all models on held-out prompts with the same noise -> the report."""
     began, adapters, curves = time.perf_counter(), {}, {}
-    for method in [settings.method] if settings.method else ["on-policy", "semi"]:
-        if method in ("semi", "off-policy") and buffer is None:
-            radii = methods(model, settings)[method].radii
-            rollouts = lambda P, generator: explore(model, reward, P, settings.group, radii, generator)
+    for name in [settings.method] if settings.method else ["on-policy", "semi"]:
+        method = methods(model, settings)[name]
+        if method.buffered and buffer is None:
+            rollouts = lambda P, generator: explore(model, reward, P, settings.group, method.radii, generator)
             buffer = collect_buffer(rollouts, settings.buffer_groups, settings.prompts, settings.seed)
             save_buffer(buffer, folder / "buffer.safetensors", about)
-        adapters[method], curves[method] = align(method, model, reward, settings, folder, buffer)
+        adapters[name], curves[name] = align(name, model, reward, settings, folder, buffer)
     trained = time.perf_counter() - began
 
-    models = {"base": []} | {method: [(adapter, 1.0)] for method, adapter in adapters.items()}
-    merges = {}
+    models, strengths = {"base": None} | adapters, {}
     if not settings.method:
-        on, semi = adapters["on-policy"], adapters["semi"]
-        merges = {f"s = {s:g}": (s, [(semi, 1.0), (on, s)]) for s in sweep}
-        models = {"base": [], "semi": [(semi, 1.0)]} | {name: terms for name, (s, terms) in merges.items()} | {"on-policy": [(on, 1.0)]}
+        on, semi, strengths = adapters["on-policy"], adapters["semi"], {f"s = {s:g}": s for s in sweep}
+        merged = {name: merge_adapters((semi, 1.0), (on, s)) for name, s in strengths.items()}          # Sec. 3.3
+        models = {"base": None, "semi": semi} | merged | {"on-policy": on}                      # the rows of Tables 1 and 3
     clips, results, judged = {}, {}, Rows(folder / "judged.csv")
-    for name, terms in tqdm(models.items(), desc="judging", unit="model"):
-        with merge_adapters(*terms).on(model) if terms else nullcontext():
+    for name, adapter in tqdm(models.items(), desc="judging", unit="model"):
+        with adapter.on(model) if adapter else nullcontext():
             clips[name], prompts = held_out_clips(model, settings.judge_samples, settings.seed, JUDGING)
         results[name] = evaluate(clips[name], prompts, reward)
         judged.add({"model": name} | {column: results[name][column].mean().item() for column in COLUMNS})
-    both = lambda name: tuple(results[name][column].mean().item() for column in ("reward", "judge"))
+
     chosen, rule, shown = "", "", list(models)
     if not settings.method:
-        s = choose_strength({s: both(name) for name, (s, terms) in merges.items()}, both("base"))
+        both = {name: (scores["reward"].mean().item(), scores["judge"].mean().item()) for name, scores in results.items()}
+        s = choose_strength({s: both[name] for name, s in strengths.items()}, both["base"])
         chosen = "semi" if s is None else f"s = {s:g}"
-        merge_adapters(*models[chosen]).save(folder / "merged.safetensors")
-        rule = "* the largest s that improves both reward and judge over the base" if s is not None else (
-            "* no s improves both reward and judge over the base: s = 0, the semi-on-policy adapter alone")
+        models[chosen].save(folder / "merged.safetensors")
+        rule = "\n* " + ("the largest s that improves both reward and judge over the base" if s is not None else
+                         "no s improves both reward and judge over the base, so s = 0: the semi-on-policy adapter alone") + "\n"
         shown = list(dict.fromkeys(["base", "on-policy", "semi", chosen]))
     first = [clips[name][:: len(prompts) // 8] for name in shown]                               # of 8 prompts the first clip
     save_gif([part.unflatten(0, (4, 2)) for part in first], folder / "models.gif")
     save_filmstrip(torch.stack(first, 1), folder / "models.png")
-    line = lambda method, column: f"{column} {sparkline([row[column] for row in curves[method]])}"
+    line = lambda name, column: f"{column} {sparkline([row[column] for row in curves[name]])}"
     return f"""{len(prompts)} clips of {len(HELD_OUT_PROMPTS)} held-out prompts, the same noise for all models; the reward is a mean of z-scores:
 
 {table(results, [name for name in shown if name != "base"], chosen)}
 {rule}
-
-held out, by iteration  {"; ".join(f"{method}: {line(method, 'reward')} {line(method, 'judge')}" for method in adapters)}
+held out, by iteration  {"; ".join(f"{name}: {line(name, 'reward')} {line(name, 'judge')}" for name in adapters)}
 in models.gif           {", ".join(shown)}
 time                    {trained / 60:.1f} min to train on {settings.device}, in {settings.precision}"""
 
