@@ -22,6 +22,7 @@ d⁽ⁱ⁾, τ, π_θ(i)  Eq. 2, 5        surrogate_log_policy, tau
 r⁽ⁱ⁾, A⁽ⁱ⁾        Eq. 3           reward, group_advantages
 ρ⁽ⁱ⁾, ε (clip)   Eq. 3           exp(log_ratio), clip_range
 J(θ)            Eq. 3           clipped_objective
+the buffer      Sec. 3.3        collect_buffer, draw_from
 Δ, s            Sec. 3.3, 4.4   Adapter, merge_adapters, choose_strength
 
 How this departs from the paper:
@@ -33,7 +34,8 @@ How this departs from the paper:
 5. π_old is that of the first replay, not of the rollout (see update); σ_r has a floor, so that a nearly flat group moves little.
 6. The same anchors serve all updates of an on-policy iteration; J is averaged over anchors, steps and prompts.
 7. The base is distilled from its teacher on real past chunks, where Self-Forcing trains on its own rollouts.
-8. SDE-GRPO forks at a chunk as AR-CoPO does, so that just the exploration and the policy differ: kinder to it than whole rollouts.
+8. SDE-GRPO forks at a chunk as AR-CoPO does, so that just the exploration and the policy differ;
+   the papers of SDE-GRPO let whole rollouts differ.
 9. The sampler's times are lower than those the student was mostly distilled at: with these its solver noise decides little, which
    is how the paper finds its base (Fig. 6). s is chosen on the clips that the table reports, as in the paper.
 
@@ -663,7 +665,7 @@ def save_buffer(buffer: Buffer, file: Path, about: dict) -> None:
 
 
 def load_buffer(file: str, about: dict, model: Generator) -> Buffer:
-    """Raises UserError for a file that is missing, broken or was made with another base, reward or neighbourhood than `about` says."""
+    """Raises UserError for a file that is missing, broken or not made with what `about` says: base, reward, group, sampler."""
     tensors, metadata = read_weights(file, "--buffer")
     try:
         made, buffer = json.loads(metadata["buffer"]), {}
@@ -711,9 +713,8 @@ def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer
                 pivot, branches, scores = explore(model, reward, settings.prompts, settings.group, method.radii, generator)
             scores["reward"] += settings.reward_noise * torch.randn(scores["reward"].shape, generator=generator).to(model.device)
         advantages = group_advantages(scores["reward"], settings.quasi_norm or None, settings.floor)            # line 7
-        anchors = torch.randperm(settings.group, generator=generator)[: settings.anchors]
-        if method.all_anchors:
-            anchors = torch.arange(settings.group)
+        drawn = torch.randperm(settings.group, generator=generator)[: settings.anchors]
+        anchors = torch.arange(settings.group) if method.all_anchors else drawn
         updates = 1 if method.buffered else settings.updates
         rows.append(update(model, adapter, branches, anchors, advantages, method, optimizer, updates))
     deviation = scores["reward"].std(1, correction=0)
@@ -789,7 +790,8 @@ def check_timesteps(times: tuple[float, ...]) -> None:
 
 
 def load_generator(file: str | Path, device: str | torch.device = "cpu", bf16: bool = True, timesteps: str = "") -> Generator:
-    """A frozen base generator, sampled at its own timesteps or at others. Raises UserError for a file that is missing, broken or of another shape."""
+    """A frozen base generator, sampled at its own timesteps or at others. Raises UserError for a file that is missing, broken or of
+    another shape."""
     tensors, metadata = read_weights(file, "--base")
     try:
         model = Generator(**json.loads(metadata["generator"]), bf16=bf16)
