@@ -29,15 +29,15 @@ How this departs from the paper:
 1. The world is a toy (reward.py): 32x32 clips, 4 chunks of 3 frames, a 3 M parameter generator on pixels. So the defaults that
    depend on size differ (learning rate, σ, prompts, rank); --help shows the paper's value beside each.
 2. The P prompts of an iteration share the pivot and the indices of the anchors, so that all of them run as one batch.
-3. d is the plain sum of squares; tau is given for one element and multiplied by their number, so that it does not depend on size.
+3. tau is given for one element and multiplied by their number, so that it does not depend on the size of a chunk.
 4. The three rewards are put on one scale by their mean and deviation on the base's own clips before they are weighted and added.
-5. π_old is that of the first replay, not of the rollout (see update); σ_r has a floor, so that a nearly flat group moves little.
+5. On-policy, π_old is that of the first replay, not of the rollout (see update). σ_r has a floor: a nearly flat group moves little.
 6. The same anchors serve all updates of an on-policy iteration; J is averaged over anchors, steps and prompts.
 7. The base is distilled from its teacher on real past chunks, where Self-Forcing trains on its own rollouts.
 8. SDE-GRPO forks at a chunk as AR-CoPO does, so that just the exploration and the policy differ;
    the papers of SDE-GRPO let whole rollouts differ.
 9. The sampler's times are lower than those the student was mostly distilled at: with these its solver noise decides little, which
-   is how the paper finds its base (Fig. 6). s is chosen on the clips that the table reports, as in the paper.
+   is how the paper finds its base (Fig. 6); under stronger noise a small clip keeps little of its content.
 
 In shapes: P prompts, T steps, L chunks, G branches of a group, B anchors, N rows of a batch; x_t is [N, frames, 3, height, width].
 """
@@ -54,6 +54,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -111,7 +112,7 @@ class Settings:
     prompts: int = setting(4, "AR-CoPO", "prompts P per iteration, one batch", "24 GPUs",
                            (f"from 1 to {len(TRAIN_PROMPTS)}", lambda v: 1 <= v <= len(TRAIN_PROMPTS)))
     clip_range: float = setting(1e-4, "AR-CoPO", "ε of the ratio clip (Eq. 3); inf: no clip", "1e-4", ("> 0", lambda v: v > 0))
-    tau: float = setting(0.03, "AR-CoPO", "temperature τ₀ for each element of a chunk (Eq. 5)", "", POSITIVE)
+    tau: float = setting(0.03, "AR-CoPO", "temperature τ₀ for each element of a chunk (Eq. 5): how far the anchor may move until the clip acts", "", POSITIVE)
     quasi_norm: float = setting(0.0, "AR-CoPO", "p of the quasi-norm of the advantages; 0: plain deviation", "0.8 in Neighbor GRPO",
                                 ("0 or in [0.1, 2]", lambda v: v == 0 or 0.1 <= v <= 2))
     floor: float = setting(0.02, "AR-CoPO", "least deviation of a group's rewards; below it, it counts as flat", "", POSITIVE)
@@ -121,12 +122,14 @@ class Settings:
 
     buffer_groups: int = setting(100, "semi-on-policy and merging", "rollout groups in the buffer", "100", COUNT)
     buffer: str = setting("", "semi-on-policy and merging", "buffer.safetensors of an earlier run, instead of collecting one")
+    buffer_weights: str = setting("ta=1", "semi-on-policy and merging", "weights of the reward in the buffer", "text alignment alone")
     sweep: str = setting("0.4,0.6,0.8,1", "semi-on-policy and merging", "strengths s of the on-policy adapter to try", "0.4 to 1")
 
     clip: str = setting(str(ASSETS / "clip"), "reward", "open_clip model: ARCH:TAG (ViT-B-32:laion2b_s34b_b79k), ARCH:FILE or a folder",
                         "VideoAlign")
-    reward_weights: str = setting("ta=1,vq=1,mq=1", "reward", "weights of text alignment, visual and motion quality", "1 each")
-    reward_noise: float = setting(0.0, "reward", "deviation of noise on the reward of on-policy rollouts: a reward that tells less apart", "",
+    reward_weights: str = setting("ta=1,vq=1,mq=1", "reward", "weights of text alignment, visual and motion quality; the buffer has its own",
+                                  "1 each")
+    reward_noise: float = setting(0.0, "reward", "deviation of Gaussian noise added to each reward in on-policy and sde-grpo training (C2)", "",
                                   (">= 0", lambda v: 0 <= v < math.inf))
     judge_samples: int = setting(8, "reward", "clips of each held-out prompt to judge models on", "", COUNT)
     judge_every: int = setting(20, "reward", "iterations between two points of the held-out curve", "", COUNT)
@@ -171,7 +174,7 @@ ADAPTER, TRAINING, CALIBRATION, JUDGING, SAMPLING, BUFFER, CURVE, STUDY = range(
 # ------------------------------------------------------------------ model
 
 PATCH = 8
-TIMESTEPS = (1.0, 0.3, 0.15, 0.07)       # the sampler's; low, because a small clip keeps little of its content under strong noise
+TIMESTEPS = (1.0, 0.3, 0.15, 0.07)       # the sampler's (departure 9)
 DISTILLED_AT = (1.0, 0.6, 0.33, 0.14)    # the times that distillation prefers
 FLOW_TIMESTEPS = (1.0, 0.9, 0.75, 0.6, 0.4, 0.2)                      # of the flow-matching teacher
 
@@ -199,6 +202,7 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, modulation: Tensor, past: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple]:
+        """x [N, C, K, W], modulation [N, C, 6, W], past [N, 2, heads, tokens, D] -> x, and its new keys and values."""
         N, C, K, W = x.shape                                                                    # rows, chunks, tokens, width
         shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.table)[:, :, :, None].unbind(2)   # [N, C, 1, W]
         y = F.layer_norm(x, (W,)) * (1 + scale1) + shift1
@@ -326,8 +330,8 @@ class Generator(nn.Module):
 
 class Noise(NamedTuple):
     """All noise of a rollout, drawn before it: what branches share and where they differ is in plain sight."""
-    initial: Tensor         # [N, L, *chunk_shape]           where chunk p starts, ε_p
-    solver: Tensor          # [N, L, T-1, *chunk_shape]      what re-noises its clean predictions (an FM has none: T-1 is 0)
+    initial: Tensor         # [N, L, *chunk_shape]                   where chunk p starts, ε_p
+    solver: Tensor          # [N, L, solver_steps, *chunk_shape]     what re-noises its clean predictions; an FM has none
 
     def repeat(self, times: int) -> "Noise":
         """The noise of each row for `times` branches, in the order of Context.repeat."""
@@ -348,7 +352,7 @@ def comparison_point(model: Generator, x_t: Tensor, x0: Tensor, t: float | Tenso
 def denoise(model: Generator, context: Context, initial: Tensor, solver: Tensor) -> tuple[Tensor, Tensor]:
     """One chunk from its noise in T steps. CM, as Self-Forcing samples: predict x̂₀, re-noise it to the next time. FM: Euler.
 
-    initial [N, *chunk_shape], solver [N, T-1, *chunk_shape] -> states x_t and comparison points, both [N, T, *chunk_shape]; the
+    initial [N, *chunk_shape], solver [N, solver_steps, *chunk_shape] -> states x_t and comparison points, both [N, T, *chunk_shape]; the
     last of the latter is the finished chunk.
     """
     x_t, states, points = initial, [], []
@@ -400,9 +404,9 @@ def fork(model: Generator, prompts: list[str], pivot: int, group: int, radii: tu
     P = len(prompts)
     prefix, context = rollout(model, model.begin(prompts), noise, 0, pivot)                     # line 2: once, with P rows
     branch, shared = context.repeat(group), noise.repeat(group)                                 # line 3: P * G rows
-    base = torch.cat([noise.initial[:, pivot, None], noise.solver[:, pivot]], 1)                # [P, T, *chunk_shape]
+    base = torch.cat([noise.initial[:, pivot, None], noise.solver[:, pivot]], 1)                # [P, 1 + solver_steps, *chunk_shape]
     own = [neighbor_noise(base[:, i], radius, group, generator) for i, radius in enumerate(radii)]      # line 4: [G, P, *chunk_shape]
-    own = torch.stack(own, 2).transpose(0, 1).flatten(0, 1)                                     # [P * G, T, *chunk_shape]
+    own = torch.stack(own, 2).transpose(0, 1).flatten(0, 1)                                     # [P * G, 1 + solver_steps, *chunk_shape]
     states, points = denoise(model, branch, own[:, 0], own[:, 1:])                              # line 5
     chunks = [chunk.repeat_interleave(group, 0) for chunk in prefix] + [points[:, -1]]
     if pivot + 1 < model.chunks:
@@ -417,8 +421,8 @@ def fork(model: Generator, prompts: list[str], pivot: int, group: int, radii: tu
 def neighbor_noise(base: Tensor, sigma: float, group: int, generator: torch.Generator | None = None) -> Tensor:
     """ε⁽ⁱ⁾ = √(1-σ²) ε* + σ δ⁽ⁱ⁾ with δ⁽ⁱ⁾ ~ N(0, I) (Eq. 1): `group` neighbours of a noise, of the same expected norm.
 
-    base: any shape -> [group, *base.shape]. sigma in [0, 1]: 0 copies the base, 1 draws independent noise (plain best-of-G
-    exploration). Raises ValueError for another sigma.
+    base: any shape -> [group, *base.shape]. sigma in [0, 1]: 0 copies the base, 1 draws independent noise, as plain GRPO
+    explores. Raises ValueError for another sigma.
     """
     if not 0 <= sigma <= 1:
         raise ValueError(f"sigma must be in [0, 1], got {sigma}")
@@ -472,8 +476,15 @@ def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip: float) -> Ten
 
 # ------------------------------------------------------------------ adapter
 
+def fingerprint(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for x in module.state_dict().values():
+        digest.update(x.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 class Adapter:
-    """LoRA beside every linear layer: y = W x + s · B A x (Hu et al. 2021), with s = α/r and B zero at the start.
+    """LoRA beside every linear layer: y = W x + (α/r) B A x (Hu et al. 2021), with B zero at the start.
 
     The model is never changed: `with adapter.on(model):` adds the low-rank terms for as long as the block lasts, and several
     adapters add up. weights: {layer: (A [r, in], B [out, r])}, float32.
@@ -507,13 +518,13 @@ class Adapter:
             for handle in hooks:
                 handle.remove()
 
-    def save(self, file: Path) -> None:
+    def save(self, file: Path, model: nn.Module) -> None:
         tensors = {f"{name}.lora_{x}.weight": z for name, pair in self.weights.items() for x, z in zip("AB", pair)}
-        write_weights(file, tensors, {"alpha": repr(self.alpha)})
+        write_weights(file, tensors, {"alpha": repr(self.alpha), "base": fingerprint(model)})
 
     @classmethod
     def load(cls, file: str | Path, model: nn.Module) -> "Adapter":
-        """Raises UserError for a file that is missing, broken or made for another model."""
+        """Raises UserError for a file that is missing, broken or trained on another base."""
         tensors, metadata = read_weights(file, "--adapter")
         try:
             weights, ranks = {}, set()
@@ -527,6 +538,8 @@ class Adapter:
                 raise ValueError(f"its ranks are {sorted(ranks)}, not one")
             if not 0 < float(metadata["alpha"]) < math.inf:
                 raise ValueError(f"its alpha is {metadata['alpha']}")
+            if metadata["base"] != fingerprint(model):
+                raise ValueError("it was trained on other weights; name them with --base")
             return cls(weights, float(metadata["alpha"]))
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"--adapter {file}: not an adapter of this base ({one_line(error)})") from error
@@ -544,14 +557,15 @@ def merge_adapters(*terms: tuple[Adapter, float]) -> Adapter:
 
 # ------------------------------------------------------------------ training
 
-def replay(model: Generator, branches: Fork, anchors: Tensor) -> Tensor:
-    """Eq. 4: predict anew from the anchors' stored states -> [P, T, B, *chunk_shape], comparison points. All that is differentiated.
+def replay(model: Generator, branches: Fork, anchors: Tensor, steps: int) -> Tensor:
+    """Eq. 4: predict anew from the anchors' stored states of the first `steps` steps (T: all) -> comparison points
+    [P, steps, B, *chunk_shape]. All that is differentiated.
 
-    All steps run as one batch; one step at a time gives the same and needs a T-th of the memory.
+    The steps run as one batch; where that needs too much memory, back-propagate J one step at a time.
     """
-    x_t = branches.states[:, :, anchors]
+    x_t = branches.states[:, :steps, anchors]
     P, T, B = x_t.shape[:3]
-    t, s = (torch.tensor(z, device=x_t.device).repeat_interleave(B).repeat(P)
+    t, s = (torch.tensor(z[:T], device=x_t.device).repeat_interleave(B).repeat(P)
             for z in (model.timesteps, (*model.timesteps[1:], 0.0)))                            # [P * T * B] each
     x0 = model.predict(x_t.flatten(0, 2), t, branches.context.repeat(T * B)).view_as(x_t)
     return comparison_point(model, x_t, x0, *(z.view(P, T, B, 1, 1, 1, 1) for z in (t, s)))
@@ -568,17 +582,18 @@ def contrastive_log_policies(branches: Fork, replayed: Tensor, tau: float) -> Te
 def sde_log_policies(branches: Fork, replayed: Tensor, timesteps: tuple[float, ...]) -> Tensor:
     """SDE-GRPO: log-probability of each re-noising, x_s ~ N((1-s) x̂₀^(θ), s² I); a mean over elements, as in Flow-GRPO's code.
 
-    replayed [P, T, G, *chunk_shape], each branch its own anchor -> [P, T-1, 1, G]: the last step adds no noise, so it has no policy.
+    replayed [P, T-1, G, *chunk_shape], each branch its own anchor -> [P, T-1, 1, G]: the last step adds no noise, so it has no policy.
     """
     s = torch.tensor(timesteps[1:], device=replayed.device).view(-1, 1, 1, 1, 1, 1)
-    density = gaussian_log_density(branches.states[:, 1:], (1 - s) * replayed[:, :-1], s)       # [P, T-1, G, *chunk_shape]
+    density = gaussian_log_density(branches.states[:, 1:], (1 - s) * replayed, s)             # [P, T-1, G, *chunk_shape]
     return density.flatten(3).mean(3)[:, :, None]
 
 
 class Method(NamedTuple):
     """What a training method is: where its groups come from, how they explore, their policy, and the clip of its ratio."""
     radii: tuple[float, ...]            # where, and how far, the branches of a group differ (see fork)
-    log_policies: Callable              # (branches, replayed) -> log π_θ [P, T, B, G]
+    steps: int                          # how many of the pivot's T steps, from the first, have a policy
+    log_policies: Callable              # (branches, replayed) -> log π_θ [P, steps, B, G]
     clip: float                         # ε of Eq. 3
     buffered: bool = False              # groups from the buffer, and π_old that of the reference, instead of the current policy
     all_anchors: bool = False           # every branch is replayed, each for itself, instead of B of G
@@ -594,16 +609,16 @@ def update(model: Generator, adapter: Adapter, branches: Fork, anchors: Tensor, 
     parameters, ratios, norms, skipped, old = adapter.parameters(), [], [], 0, None
     if method.buffered:
         with torch.no_grad():                                  # the adapter is off: π_old is π_ref, the clip a trust region around it
-            first = replay(model, branches, anchors)
-            old = method.log_policies(branches, first)
+            first_replay = replay(model, branches, anchors, method.steps)
+            old = method.log_policies(branches, first_replay)
     for _ in range(updates):
         with adapter.on(model):
-            replayed = replay(model, branches, anchors)                                         # line 8
+            replayed = replay(model, branches, anchors, method.steps)                           # line 8
         log_policy = method.log_policies(branches, replayed)
         if old is None:
             # π_old from this very replay and not from the rollout, which ran another batch size and, in bf16 on some devices, is
             # rounded otherwise: the first ratio is exp(x - x), exactly 1, and its gradient is that of log π_θ all the same.
-            first, old = replayed.detach(), log_policy.detach()
+            first_replay, old = replayed.detach(), log_policy.detach()
         log_ratio = log_policy - old
         J = clipped_objective(log_ratio, advantages[:, None, None], method.clip)
         optimizer.zero_grad()
@@ -616,7 +631,7 @@ def update(model: Generator, adapter: Adapter, branches: Fork, anchors: Tensor, 
             skipped += 1
     clipped = ((ratios[-1] - 1) * advantages[:, None, None].sign() > method.clip).float().mean()
     return {"ratio_first": ratios[0].mean().item(), "clip_fraction": clipped.item(), "grad_norm": torch.stack(norms).mean().item(),
-            "replay_error": (first - branches.candidates[:, :, anchors]).abs().max().item(), "skipped": skipped}
+            "replay_error": (first_replay - branches.candidates[:, :method.steps, anchors]).abs().max().item(), "skipped": skipped}
 
 
 def explore(model: Generator, reward: Callable, P: int, group: int, radii: tuple[float, ...],
@@ -638,7 +653,7 @@ is, a Fork's tensors and "reward" [rows, G], a row for each group. Rolled out on
 
 
 def collect_buffer(rollouts: Callable, size: int, P: int, seed: int) -> Buffer:
-    """`size` groups, P at a time. rollouts(P, generator) is explore of the reference policy: no adapter may be on."""
+    """`size` groups, P at a time, in half precision. rollouts(P, generator) is explore of the reference policy: no adapter may be on."""
     found, bar = {}, tqdm(total=size, desc="buffer", unit="group")
     for first in range(0, size, P):
         pivot, branches, scores = rollouts(min(P, size - first), seeded(seed, BUFFER, first))
@@ -687,14 +702,14 @@ def mean_of(rows: list[dict], column: str) -> float:
 
 
 def methods(model: Generator, settings: Settings) -> dict[str, Method]:
-    """The paper's methods, each a change to the one before."""
-    solver = model.solver_steps
-    on_policy = Method((settings.sigma, *[0.0] * solver), lambda *x: contrastive_log_policies(*x, settings.tau), settings.clip_range)
+    """AR-CoPO's methods and the baseline, each as a change to another."""
+    T, solver = len(model.timesteps), model.solver_steps
+    on_policy = Method((settings.sigma, *[0.0] * solver), T, partial(contrastive_log_policies, tau=settings.tau), settings.clip_range)
     semi = on_policy._replace(buffered=True)                                                    # Sec. 3.3
     off_policy = semi._replace(clip=math.inf)                                                   # Table 2
-    sde_grpo = on_policy._replace(radii=(0.0, *[1.0] * solver), log_policies=lambda *x: sde_log_policies(*x, model.timesteps),
-                                  all_anchors=True)                                             # Fig. 2: the baseline
-    return dict(zip(METHODS, (on_policy, semi, off_policy, sde_grpo)))
+    sde_grpo = on_policy._replace(radii=(0.0, *[1.0] * solver), steps=solver, all_anchors=True,
+                                  log_policies=partial(sde_log_policies, timesteps=model.timesteps))            # Fig. 2
+    return {"on-policy": on_policy, "semi": semi, "off-policy": off_policy, "sde-grpo": sde_grpo}
 
 
 def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer, method: Method, reward: Callable, buffer: Buffer | None,
@@ -738,7 +753,7 @@ def align(name: str, model: Generator, reward: Callable, settings: Settings, fol
         with adapter.on(model):
             judged = evaluate(*held_out_clips(model, CURVE_SAMPLES, settings.seed, CURVE), reward)
         curve.add({"step": step} | {column: value.mean().item() for column, value in judged.items()})
-        adapter.save(folder / f"{name}.safetensors")
+        adapter.save(folder / f"{name}.safetensors", model)
 
     judge_now(0)
     bar = tqdm(range(1, settings.steps + 1), desc=name, unit="it")
@@ -1075,50 +1090,47 @@ def parse_sweep(text: str) -> list[float]:
     return strengths
 
 
-def fingerprint(module: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for x in module.state_dict().values():
-        digest.update(x.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def run(settings: Settings) -> None:
     """A training, the recipe, or a study: check the input, load base and reward, and leave all that comes of it in a folder."""
     folder = Path(settings.out or time.strftime("runs/%Y%m%d-%H%M%S"))
     check_folder(folder, new=True)
-    weights, sweep = parse_weights(settings.reward_weights), parse_sweep(settings.sweep)
+    weights, buffer_weights = (parse_weights(getattr(settings, name), name) for name in ("reward_weights", "buffer_weights"))
+    sweep = parse_sweep(settings.sweep)
     model = load_generator(settings.base, settings.device, settings.precision == "bf16", settings.timesteps)
     if not model.solver_steps and (settings.method == "sde-grpo" or settings.study == "cost"):
         raise UserError(f"--method sde-grpo, --study cost: the sampler of --base {settings.base} adds no noise that SDE-GRPO could explore")
     scorer = ClipReward(settings.clip, settings.device)
-    about = {"base": fingerprint(model), "clip": fingerprint(scorer.model), "reward_weights": weights, "group": settings.group,
+    about = {"base": fingerprint(model), "clip": fingerprint(scorer.model), "buffer_weights": buffer_weights, "group": settings.group,
              "sigma": settings.sigma, "timesteps": list(model.timesteps), "flow": model.flow}
     buffer = load_buffer(settings.buffer, about, model) if settings.buffer else None
     reference = sample_batches(model, TRAIN_PROMPTS, seeded(0, CALIBRATION))                    # the same for all seeds: one scale
-    reward = WeightedReward(scorer, weights, reference, TRAIN_PROMPTS)
+    reward, buffer_reward = (WeightedReward(scorer, w, reference, TRAIN_PROMPTS) for w in (weights, buffer_weights))
     folder.mkdir(parents=True, exist_ok=True)
     record = dataclasses.asdict(settings) | {"reward_scales": reward.scales}
     (folder / "settings.json").write_text(json.dumps(record, indent=1) + "\n")
     if settings.study:
         report = {"entropy": study_entropy, "cost": study_cost}[settings.study](model, reward, settings, folder)
     else:
-        report = train_and_judge(model, reward, settings, folder, sweep, buffer, about)
+        adapters, curves, began = {}, {}, time.perf_counter()
+        for name in [settings.method] if settings.method else ["on-policy", "semi"]:
+            method = methods(model, settings)[name]
+            if method.buffered and buffer is None:
+                rollouts = lambda P, generator: explore(model, buffer_reward, P, settings.group, method.radii, generator)
+                buffer = collect_buffer(rollouts, settings.buffer_groups, settings.prompts, settings.seed)
+                save_buffer(buffer, folder / "buffer.safetensors", about)
+            adapters[name], curves[name] = align(name, model, reward, settings, folder, buffer)
+        minutes = (time.perf_counter() - began) / 60
+        report = compare(model, reward, adapters, sweep, settings, folder)
+        line = lambda name, column: f"{column} {sparkline([row[column] for row in curves[name]])}"
+        report += f"""
+held out, by iteration  {"; ".join(f"{name}: {line(name, 'reward')} {line(name, 'judge')}" for name in adapters)}
+time                    {minutes:.1f} min to train on {settings.device}, in {settings.precision}"""
     print(f"\n{report}\n{'run folder':<24}{folder}: {' '.join(sorted(file.name for file in folder.iterdir()))}")
 
 
-def train_and_judge(model: Generator, reward: Callable, settings: Settings, folder: Path, sweep: list[float], buffer: Buffer | None,
-                    about: dict) -> str:
-    """The paper's recipe, or one training: align, merge, and judge all models on held-out prompts with the same noise -> the report."""
-    began, adapters, curves = time.perf_counter(), {}, {}
-    for name in [settings.method] if settings.method else ["on-policy", "semi"]:
-        method = methods(model, settings)[name]
-        if method.buffered and buffer is None:
-            rollouts = lambda P, generator: explore(model, reward, P, settings.group, method.radii, generator)
-            buffer = collect_buffer(rollouts, settings.buffer_groups, settings.prompts, settings.seed)
-            save_buffer(buffer, folder / "buffer.safetensors", about)
-        adapters[name], curves[name] = align(name, model, reward, settings, folder, buffer)
-    trained = time.perf_counter() - began
-
+def compare(model: Generator, reward: Callable, adapters: dict[str, Adapter], sweep: list[float], settings: Settings, folder: Path) -> str:
+    """Merge the recipe's two adapters at each strength, judge all models on held-out prompts with the same noise, choose s -> the report.
+    Given another single adapter, judge it beside the base."""
     models, strengths = {"base": None} | adapters, {}
     if not settings.method:
         on, semi, strengths = adapters["on-policy"], adapters["semi"], {f"s = {s:g}": s for s in sweep}
@@ -1136,21 +1148,18 @@ def train_and_judge(model: Generator, reward: Callable, settings: Settings, fold
         both = {name: (scores["reward"].mean().item(), scores["judge"].mean().item()) for name, scores in results.items()}
         s = choose_strength({s: both[name] for name, s in strengths.items()}, both["base"])
         chosen = "semi" if s is None else f"s = {s:g}"
-        models[chosen].save(folder / "merged.safetensors")
+        models[chosen].save(folder / "merged.safetensors", model)
         rule = "\n* " + ("the largest s that improves both reward and judge over the base" if s is not None else
                          "no s improves both reward and judge over the base, so s = 0: the semi-on-policy adapter alone") + "\n"
         shown = list(dict.fromkeys(["base", "on-policy", "semi", chosen]))
     first = [clips[name][:: len(prompts) // 8] for name in shown]                               # of 8 prompts the first clip
     save_gif([part.unflatten(0, (4, 2)) for part in first], folder / "models.gif")
     save_filmstrip(torch.stack(first, 1), folder / "models.png")
-    line = lambda name, column: f"{column} {sparkline([row[column] for row in curves[name]])}"
     return f"""{len(prompts)} clips of {len(HELD_OUT_PROMPTS)} held-out prompts, the same noise for all models; the reward is a mean of z-scores:
 
 {table(results, [name for name in shown if name != "base"], chosen)}
 {rule}
-held out, by iteration  {"; ".join(f"{name}: {line(name, 'reward')} {line(name, 'judge')}" for name in adapters)}
-in models.gif           {", ".join(shown)}
-time                    {trained / 60:.1f} min to train on {settings.device}, in {settings.precision}"""
+in models.gif           {", ".join(shown)}"""
 
 
 def run_sample(settings: Settings) -> None:

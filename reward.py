@@ -315,14 +315,14 @@ class WeightedReward:
         return {"reward": total} | scores
 
 
-def parse_weights(text: str) -> dict[str, float]:
-    """'ta=1,vq=1,mq=1' -> {"ta": 1.0, "vq": 1.0, "mq": 1.0}; what is not named weighs nothing."""
+def parse_weights(text: str, name: str = "reward_weights") -> dict[str, float]:
+    """'ta=1,vq=1,mq=1', the setting `name` -> {"ta": 1.0, "vq": 1.0, "mq": 1.0}; what is not named weighs nothing."""
     try:
         weights = {name.strip(): float(value) for name, value in (part.split("=") for part in text.split(","))}
     except ValueError:
         weights = {}
     if not set(weights) <= set(COMPONENTS) or not all(0 <= w < math.inf for w in weights.values()) or not any(weights.values()):
-        raise UserError(f"--reward-weights {text}: expected {','.join(c + '=1' for c in COMPONENTS)}, each >= 0 and one above 0")
+        raise UserError(f"--{name.replace('_', '-')} {text}: expected {','.join(c + '=1' for c in COMPONENTS)}, each >= 0 and one above 0")
     return weights
 
 

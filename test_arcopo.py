@@ -19,9 +19,9 @@ import arcopo
 import reward
 from arcopo import (Adapter, Generator, Settings, choose_strength, clipped_objective, collect_buffer, contrastive_log_policies, denoise,
                     draw_from, draw_noise, explore, fork, gaussian_log_density, group_advantages, iterate, load_buffer, merge_adapters,
-                    methods, neighbor_noise, replay, sample, save_buffer, save_generator, sde_log_policies, seeded,
+                    methods, neighbor_noise, replay, sample, sample_batches, save_buffer, save_generator, sde_log_policies, seeded,
                     surrogate_log_policy, update)
-from reward import CHUNKS, HELD_OUT_PROMPTS, QUALITIES, TRAIN_PROMPTS, ClipReward, UserError, judge, make_clips
+from reward import ASSETS, CHUNKS, HELD_OUT_PROMPTS, QUALITIES, TRAIN_PROMPTS, ClipReward, UserError, WeightedReward, judge, make_clips
 
 HERE = Path(__file__).resolve().parent
 PROMPTS = TRAIN_PROMPTS[:3]
@@ -362,7 +362,7 @@ def test_sde_log_policies_are_those_of_each_re_noising():
     """Under the policy that rolled out, each transition's noise is the solver noise: log N(noise; 0, 1) - log s, and no other step counts."""
     model = tiny()
     branches = forked(model, 1, (0, 1, 1, 1))[0]
-    log_policies = sde_log_policies(branches, replay(model, branches, torch.arange(4)), model.timesteps)
+    log_policies = sde_log_policies(branches, replay(model, branches, torch.arange(4), 3), model.timesteps)
     assert log_policies.shape == (3, 3, 1, 4)
     for i, s in enumerate(model.timesteps[1:]):
         mean = (1 - s) * branches.candidates[:, i]
@@ -375,7 +375,7 @@ def test_the_flow_anchor_is_an_euler_step_of_the_current_policy():
     model = tiny(flow=True)
     branches = forked(model, 1)[0]
     with nonzero(Adapter.new(model, 4, 4.0, seeded(0))).on(model):
-        replayed = replay(model, branches, torch.tensor([2]))
+        replayed = replay(model, branches, torch.tensor([2]), 4)
         for i, (t, s) in enumerate(zip(model.timesteps, (*model.timesteps[1:], 0.0))):
             x_t = branches.states[:, i, 2]
             v = (x_t - model.predict(x_t, t, branches.context)) / t
@@ -412,7 +412,9 @@ def test_replay_is_the_rollout_and_the_first_ratio_is_exactly_one(flow, bf16, an
     chosen, advantages = torch.arange(anchors), group_advantages(torch.randn(3, 4, generator=seeded(0)))
     with adapter.on(model):
         branches = forked(model, 1)[0]
-        assert torch.allclose(replay(model, branches, chosen), branches.candidates[:, :, chosen], atol=0.05 if bf16 else 1e-5)
+        for steps in (4, 3):
+            replayed, stored = replay(model, branches, chosen, steps), branches.candidates[:, :steps, chosen]
+            assert torch.allclose(replayed, stored, atol=0.05 if bf16 else 1e-5)
     optimizer = torch.optim.AdamW(adapter.parameters(), 1e-3)
     row = update(model, adapter, branches, chosen, advantages, methods(model, tiny_settings())["on-policy"], optimizer, 2)
     assert row["ratio_first"] == 1 and row["clip_fraction"] > 0 and row["skipped"] == 0
@@ -527,7 +529,7 @@ def test_merging_two_adapters_equals_applying_both(tmp_path):
     a, b = nonzero(Adapter.new(model, 4, 8.0, seeded(1)), 1), nonzero(Adapter.new(model, 2, 1.0, seeded(2)), 2)
     with a.on(model), b.on(model, 0.6):
         both = sample(model, PROMPTS, noise)
-    merge_adapters((a, 1.0), (b, 0.6)).save(tmp_path / "merged.safetensors")
+    merge_adapters((a, 1.0), (b, 0.6)).save(tmp_path / "merged.safetensors", model)
     with Adapter.load(tmp_path / "merged.safetensors", model).on(model):
         assert torch.allclose(sample(model, PROMPTS, noise), both, atol=1e-5)
     with a.on(model):
@@ -611,7 +613,7 @@ LEFT = {"settings.json", "judged.csv", "models.gif", "models.png"}
 
 
 def test_script_runs_the_recipe_leaves_what_it_promises_and_samples_from_it(tmp_path, tiny_base):
-    done = script("--steps", 3, "--base", tiny_base, "--out", "run", *TINY, cwd=tmp_path)
+    done = script("--steps", 3, "--base", tiny_base, "--out", "run", "--precision", "fp32", *TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "run"
     trained = {f"{name}{end}" for name in ("on-policy", "semi") for end in (".csv", "-curve.csv", ".safetensors")}
@@ -625,7 +627,11 @@ def test_script_runs_the_recipe_leaves_what_it_promises_and_samples_from_it(tmp_
     pairs = {float(row["model"][4:]): (float(row["reward"]), float(row["judge"])) for row in judged if row["model"].startswith("s =")}
     s = choose_strength(pairs, (float(judged[0]["reward"]), float(judged[0]["judge"])))
     assert ("semi *" if s is None else f"s = {s:g} *") in done.stdout and "both reward and judge over the base" in done.stdout
-    model = arcopo.load_generator(tiny_base)
+    model = arcopo.load_generator(tiny_base, bf16=False)
+    reference = sample_batches(model, TRAIN_PROMPTS, seeded(0, arcopo.CALIBRATION))
+    text = WeightedReward(ClipReward(str(ASSETS / "clip"), "cpu"), {"ta": 1.0}, reference, TRAIN_PROMPTS)
+    pivot, _, scores = explore(model, text, 2, 3, (0.25, 0, 0, 0), seeded(0, arcopo.BUFFER, 0))
+    assert torch.allclose(load_file(folder / "buffer.safetensors")[f"{pivot}.reward"][:2], scores["reward"], atol=1e-4)     # TA alone
     on, semi, merged = (Adapter.load(folder / f"{name}.safetensors", model) for name in ("on-policy", "semi", "merged"))
     for name, (A, B) in merge_adapters((semi, 1.0), (on, s or 0.0)).weights.items():
         assert torch.allclose(B @ A, merged.weights[name][1] @ merged.weights[name][0], atol=1e-7)
@@ -701,7 +707,7 @@ def test_pretraining_resumes_to_the_same_weights(tmp_path, monkeypatch):
 
 
 def broken_files(folder: Path, tiny_base: Path) -> dict[str, Path]:
-    files = {name: folder / f"{name}.safetensors" for name in ("missing", "truncated", "other", "misshapen", "timeless", "infinite", "misfit", "tensorless", "afile")}
+    files = {name: folder / f"{name}.safetensors" for name in ("missing", "truncated", "other", "misshapen", "timeless", "infinite", "misfit", "foreign", "tensorless", "afile")}
     files["truncated"].write_bytes(tiny_base.read_bytes()[:5000])
     save_file({"x": torch.zeros(2)}, files["other"])
     tensors = load_file(tiny_base)
@@ -711,8 +717,9 @@ def broken_files(folder: Path, tiny_base: Path) -> dict[str, Path]:
     save_file(tensors, files["timeless"], {"generator": json.dumps({"width": 32, "layers": 2, "heads": 2, "timesteps": []})})
     save_file(tensors | {"head.bias": torch.full((192,), float("nan"))}, files["infinite"])
     adapter = Adapter.new(tiny(), 4, 4.0)
+    adapter.save(files["foreign"], tiny(seed=1))
     adapter.weights["head"] = (torch.zeros(4, 31), adapter.weights["head"][1])
-    adapter.save(files["misfit"])
+    adapter.save(files["misfit"], tiny())
     save_file({"x": torch.zeros(2)}, files["tensorless"], {"buffer": "[1"})
     files["afile"].write_text("in the way")
     return files
@@ -732,6 +739,7 @@ BAD = [
     (["--pretrain", "--out", "."], "not empty"),
     (["--sample", PROMPTS[0], "--adapter", "{missing}"], "no such file"), (["--sample", PROMPTS[0], "--adapter", "{truncated}"], "safetensors"),
     (["--sample", PROMPTS[0], "--adapter", "{other}"], "not an adapter"), (["--sample", PROMPTS[0], "--adapter", "{misfit}"], "head"),
+    (["--sample", PROMPTS[0], "--adapter", "{foreign}"], "other weights"), (["--buffer-weights", "tb=1"], "--buffer-weights"),
     (["--sample", ""], "--sample"), (["--sample", PROMPTS[0], "--pretrain"], "one of them"),
     (["--method", "grpo"], "on-policy"), (["--study", "noise"], "entropy"), (["--study", "cost", "--method", "semi"], "one of them"), (["--sweep", "0.4;1"], "--sweep"),
     (["--sweep", "0"], "--sweep"), (["--clip-range", "0"], "--clip-range"), (["--clip-range", "nan"], "--clip-range"), (["--timesteps", "1,x"], "--timesteps"),
