@@ -717,7 +717,7 @@ def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer
     """One iteration for P prompts -> a row of metrics: the pivot (from 1), means of reward and components, deviation (of the reward
     inside a group), flat_groups (share of them with a deviation below the floor), update's diagnostics (the last update's), seconds.
 
-    On-policy all updates use one batch of groups (Algorithm 1); from a buffer, whose reward is the reference's, each draws its own.
+    On-policy all updates use one batch of groups (Algorithm 1); from a buffer, whose reward is its own and of the reference, each draws one.
     """
     began, rows = time.perf_counter(), []
     for _ in range(settings.updates if method.buffered else 1):
