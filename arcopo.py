@@ -1040,7 +1040,7 @@ def study_entropy(model: Generator, reward: Callable, settings: Settings, folder
 
 def study_cost(model: Generator, reward: Callable, settings: Settings, folder: Path) -> str:
     """Sec. 3.2: seconds, without the reward, of a fork at each chunk and its update, beside sequence-level (SDE-)GRPO with the same G:
-    there each rollout runs all L chunks, and the gradient goes through all steps of all chunks of all of them. Writes cost.csv."""
+    there each rollout runs all L chunks, and the gradient goes through all re-noising steps of all chunks of all of them. Writes cost.csv."""
     P, G, rounds, rows = settings.prompts, settings.group, 3, Rows(folder / "cost.csv")
     adapter = Adapter.new(model, settings.rank, settings.alpha, seeded(settings.seed, ADAPTER))
     optimizer = torch.optim.AdamW(adapter.parameters(), settings.lr, weight_decay=0)
