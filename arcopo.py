@@ -112,7 +112,8 @@ class Settings:
     prompts: int = setting(4, "AR-CoPO", "prompts P per iteration, one batch", "24 GPUs",
                            (f"from 1 to {len(TRAIN_PROMPTS)}", lambda v: 1 <= v <= len(TRAIN_PROMPTS)))
     clip_range: float = setting(1e-4, "AR-CoPO", "ε of the ratio clip (Eq. 3); inf: no clip", "1e-4", ("> 0", lambda v: v > 0))
-    tau: float = setting(0.03, "AR-CoPO", "temperature τ₀ for each element of a chunk (Eq. 5): how far the anchor may move until the clip acts", "", POSITIVE)
+    tau: float = setting(0.03, "AR-CoPO", "temperature τ₀ for each element of a chunk (Eq. 5): how far the anchor may move until the clip acts",
+                         "", POSITIVE)
     quasi_norm: float = setting(0.0, "AR-CoPO", "p of the quasi-norm of the advantages; 0: plain deviation", "0.8 in Neighbor GRPO",
                                 ("0 or in [0.1, 2]", lambda v: v == 0 or 0.1 <= v <= 2))
     floor: float = setting(0.02, "AR-CoPO", "least deviation of a group's rewards; below it, it counts as flat", "", POSITIVE)
@@ -129,7 +130,7 @@ class Settings:
                         "VideoAlign")
     reward_weights: str = setting("ta=1,vq=1,mq=1", "reward", "weights of text alignment, visual and motion quality; the buffer has its own",
                                   "1 each")
-    reward_noise: float = setting(0.0, "reward", "deviation of Gaussian noise added to each reward in on-policy and sde-grpo training (C2)", "",
+    reward_noise: float = setting(0.0, "reward", "deviation of Gaussian noise added to each reward in on-policy and sde-grpo training", "",
                                   (">= 0", lambda v: 0 <= v < math.inf))
     judge_samples: int = setting(8, "reward", "clips of each held-out prompt to judge models on", "", COUNT)
     judge_every: int = setting(20, "reward", "iterations between two points of the held-out curve", "", COUNT)
@@ -477,6 +478,7 @@ def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip: float) -> Ten
 # ------------------------------------------------------------------ adapter
 
 def fingerprint(module: nn.Module) -> str:
+    """Tells one set of weights from another: an adapter and a buffer are of use only beside those they were made with."""
     digest = hashlib.sha256()
     for x in module.state_dict().values():
         digest.update(x.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -564,11 +566,11 @@ def replay(model: Generator, branches: Fork, anchors: Tensor, steps: int) -> Ten
     The steps run as one batch; where that needs too much memory, back-propagate J one step at a time.
     """
     x_t = branches.states[:, :steps, anchors]
-    P, T, B = x_t.shape[:3]
-    t, s = (torch.tensor(z[:T], device=x_t.device).repeat_interleave(B).repeat(P)
-            for z in (model.timesteps, (*model.timesteps[1:], 0.0)))                            # [P * T * B] each
-    x0 = model.predict(x_t.flatten(0, 2), t, branches.context.repeat(T * B)).view_as(x_t)
-    return comparison_point(model, x_t, x0, *(z.view(P, T, B, 1, 1, 1, 1) for z in (t, s)))
+    P, B = len(x_t), len(anchors)
+    t, s = (torch.tensor(z[:steps], device=x_t.device).repeat_interleave(B).repeat(P)
+            for z in (model.timesteps, (*model.timesteps[1:], 0.0)))                            # [P * steps * B] each
+    x0 = model.predict(x_t.flatten(0, 2), t, branches.context.repeat(steps * B)).view_as(x_t)
+    return comparison_point(model, x_t, x0, *(z.view(P, steps, B, 1, 1, 1, 1) for z in (t, s)))
 
 
 def contrastive_log_policies(branches: Fork, replayed: Tensor, tau: float) -> Tensor:
@@ -1104,7 +1106,8 @@ def run(settings: Settings) -> None:
              "sigma": settings.sigma, "timesteps": list(model.timesteps), "flow": model.flow}
     buffer = load_buffer(settings.buffer, about, model) if settings.buffer else None
     reference = sample_batches(model, TRAIN_PROMPTS, seeded(0, CALIBRATION))                    # the same for all seeds: one scale
-    reward, buffer_reward = (WeightedReward(scorer, w, reference, TRAIN_PROMPTS) for w in (weights, buffer_weights))
+    reward = WeightedReward(scorer, weights, reference, TRAIN_PROMPTS)
+    buffer_reward = reward.reweighted(buffer_weights)
     folder.mkdir(parents=True, exist_ok=True)
     record = dataclasses.asdict(settings) | {"reward_scales": reward.scales}
     (folder / "settings.json").write_text(json.dumps(record, indent=1) + "\n")

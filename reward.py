@@ -10,6 +10,7 @@ Clips are float tensors [N, FRAMES, 3, SIZE, SIZE] in [0, 1]; prompts are string
 """
 
 import argparse
+import copy
 import json
 import logging
 import math
@@ -314,11 +315,17 @@ class WeightedReward:
         total = sum(weight * z[name] for name, weight in self.weights.items()) / sum(self.weights.values())
         return {"reward": total} | scores
 
+    def reweighted(self, weights: dict[str, float]) -> "WeightedReward":
+        """The same components on the same scales, otherwise weighted."""
+        other = copy.copy(self)
+        other.weights = weights
+        return other
+
 
 def parse_weights(text: str, name: str = "reward_weights") -> dict[str, float]:
     """'ta=1,vq=1,mq=1', the setting `name` -> {"ta": 1.0, "vq": 1.0, "mq": 1.0}; what is not named weighs nothing."""
     try:
-        weights = {name.strip(): float(value) for name, value in (part.split("=") for part in text.split(","))}
+        weights = {component.strip(): float(value) for component, value in (part.split("=") for part in text.split(","))}
     except ValueError:
         weights = {}
     if not set(weights) <= set(COMPONENTS) or not all(0 <= w < math.inf for w in weights.values()) or not any(weights.values()):
