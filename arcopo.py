@@ -31,11 +31,12 @@ How this departs from the paper:
 2. The P prompts of an iteration share the pivot and the indices of the anchors, so that all of them run as one batch.
 3. tau is given for one element and multiplied by their number, so that it does not depend on the size of a chunk.
 4. The three rewards are put on one scale by their mean and deviation on the base's own clips before they are weighted and added.
-5. On-policy, π_old is that of the first replay, not of the rollout (see update). σ_r has a floor: a nearly flat group moves little.
+5. π_old is that of a replay, not of the rollout: on-policy of the first one (see update), from a buffer of one by the reference,
+   on states in half precision. σ_r has a floor: a nearly flat group moves little.
 6. The same anchors serve all updates of an on-policy iteration; J is averaged over anchors, steps and prompts.
 7. The base is distilled from its teacher on real past chunks, where Self-Forcing trains on its own rollouts.
-8. SDE-GRPO forks at a chunk as AR-CoPO does, so that just the exploration and the policy differ;
-   the papers of SDE-GRPO let whole rollouts differ.
+8. SDE-GRPO forks at a chunk as AR-CoPO does, so that just the exploration and the policy differ, and with these what is replayed:
+   all G branches at the T - 1 steps that add noise, not B at all T. The papers of SDE-GRPO let whole rollouts differ.
 9. The sampler's times are lower than those the student was mostly distilled at: with these its solver noise decides little, which
    is how the paper finds its base (Fig. 6); under stronger noise a small clip keeps little of its content.
 
@@ -169,7 +170,7 @@ def seeded(seed: int, *stream: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-ADAPTER, TRAINING, CALIBRATION, JUDGING, SAMPLING, BUFFER, CURVE, STUDY = range(1, 9)      # streams of random numbers: no draw of one moves another
+ADAPTER, TRAINING, CALIBRATION, JUDGING, SAMPLING, BUFFER, CURVE, STUDY = range(1, 9)      # random streams of a run, apart
 
 
 # ------------------------------------------------------------------ model
@@ -232,7 +233,8 @@ class Generator(nn.Module):
     solver_steps                                         how often the sampler adds noise: T - 1, or 0 for an FM
     device                                               where its tensors are; an Adapter sits beside its nn.Linear layers
 
-    x_t = (1 - t) x₀ + t ε, with t = 1 pure noise. A Context is a NamedTuple of tensors with rows first, as all that has rows here.
+    x_t = (1 - t) x₀ + t ε, with t = 1 pure noise. A Context is a NamedTuple of tensors with rows first, as all that has rows here,
+    and can `repeat` its rows; chunk_shape has four axes.
     """
 
     chunk_shape, chunks = (CHUNK_FRAMES, 3, SIZE, SIZE), CHUNKS
@@ -522,11 +524,11 @@ class Adapter:
 
     def save(self, file: Path, model: nn.Module) -> None:
         tensors = {f"{name}.lora_{x}.weight": z for name, pair in self.weights.items() for x, z in zip("AB", pair)}
-        write_weights(file, tensors, {"alpha": repr(self.alpha), "base": fingerprint(model)})
+        write_weights(file, tensors, {"alpha": repr(self.alpha), "base": fingerprint(model), "timesteps": json.dumps(model.timesteps)})
 
     @classmethod
     def load(cls, file: str | Path, model: nn.Module) -> "Adapter":
-        """Raises UserError for a file that is missing, broken or trained on another base."""
+        """Raises UserError for a file that is missing, broken or trained on another base or at other times."""
         tensors, metadata = read_weights(file, "--adapter")
         try:
             weights, ranks = {}, set()
@@ -542,6 +544,8 @@ class Adapter:
                 raise ValueError(f"its alpha is {metadata['alpha']}")
             if metadata["base"] != fingerprint(model):
                 raise ValueError("it was trained on other weights; name them with --base")
+            if json.loads(metadata["timesteps"]) != list(model.timesteps):
+                raise ValueError(f"it was trained at other times; name them with --timesteps {metadata['timesteps'][1:-1].replace(' ', '')}")
             return cls(weights, float(metadata["alpha"]))
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"--adapter {file}: not an adapter of this base ({one_line(error)})") from error
@@ -595,7 +599,7 @@ class Method(NamedTuple):
     """What a training method is: where its groups come from, how they explore, their policy, and the clip of its ratio."""
     radii: tuple[float, ...]            # where, and how far, the branches of a group differ (see fork)
     steps: int                          # how many of the pivot's T steps, from the first, have a policy
-    log_policies: Callable              # (branches, replayed) -> log π_θ [P, steps, B, G]
+    log_policies: Callable              # (branches, replayed) -> log π_θ [P, steps, B, G], of SDE-GRPO [P, steps, 1, G]
     clip: float                         # ε of Eq. 3
     buffered: bool = False              # groups from the buffer, and π_old that of the reference, instead of the current policy
     all_anchors: bool = False           # every branch is replayed, each for itself, instead of B of G
@@ -655,7 +659,7 @@ is, a Fork's tensors and "reward" [rows, G], a row for each group. Rolled out on
 
 
 def collect_buffer(rollouts: Callable, size: int, P: int, seed: int) -> Buffer:
-    """`size` groups, P at a time, in half precision. rollouts(P, generator) is explore of the reference policy: no adapter may be on."""
+    """`size` groups, P at a time, noise and chunks in half precision. rollouts(P, generator) is explore of the reference policy: no adapter may be on."""
     found, bar = {}, tqdm(total=size, desc="buffer", unit="group")
     for first in range(0, size, P):
         pivot, branches, scores = rollouts(min(P, size - first), seeded(seed, BUFFER, first))
@@ -716,10 +720,12 @@ def methods(model: Generator, settings: Settings) -> dict[str, Method]:
 
 def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer, method: Method, reward: Callable, buffer: Buffer | None,
             settings: Settings, generator: torch.Generator) -> dict:
-    """One iteration for P prompts -> a row of metrics: the pivot (from 1), means of reward and components, deviation (of the reward
-    inside a group), flat_groups (share of them with a deviation below the floor), update's diagnostics (the last update's), seconds.
+    """One iteration for P prompts -> a row of metrics: the pivot (from 1), means of the reward (with --reward-noise in it) and its
+    components, deviation (of the reward inside a group), flat_groups (share of them with a deviation below the floor), what update
+    returns (skipped: the sum), seconds.
 
-    On-policy all updates use one batch of groups (Algorithm 1); from a buffer, whose reward is its own and of the reference, each draws one.
+    On-policy all updates use one batch of groups (Algorithm 1); from a buffer, whose reward is its own and of the reference, each draws
+    one, and the row tells of the last.
     """
     began, rows = time.perf_counter(), []
     for _ in range(settings.updates if method.buffered else 1):
@@ -844,11 +850,11 @@ def pretrain_loss(model: Generator, teacher: Generator | None, settings: Setting
         own = torch.tensor(DISTILLED_AT)[torch.randint(len(DISTILLED_AT), t.shape, generator=generator)]
         t = torch.where(torch.rand(t.shape, generator=generator) < 0.6, own, 0.05 + 0.95 * torch.rand(t.shape, generator=generator))
     clean, past, noise, t = (z.to(device) for z in (clean, (1 - u) * clean + u * context_noise, noise, t))
-    s = t[..., None, None, None, None]
-    x_t = (1 - s) * clean + s * noise
+    level = t[..., None, None, None, None]
+    x_t = (1 - level) * clean + level * noise
     prediction = model.predict_all(x_t, t, model.write_all(past, prompts))
     if teacher is None:
-        return ((prediction - clean) / s.clamp_min(0.05)).square().mean()
+        return ((prediction - clean) / level.clamp_min(0.05)).square().mean()
     with torch.no_grad():
         context = teacher.write_all(past, prompts)
         for k in range(ODE_STEPS):                                                              # Euler from t to 0
@@ -961,7 +967,8 @@ def evaluate(clips: Tensor, prompts: list[str], reward: Callable) -> dict[str, T
 def choose_strength(scores: dict[float, tuple[float, float]], base: tuple[float, float]) -> float | None:
     """The rule of Sec. 4.4: the largest s that improves both (in-domain reward, independent judge) over the base; None if none does.
 
-    A higher reward alone is not accepted as better: that is how reward hacking looks. Equal, or NaN, is not improved.
+    A higher reward alone is not accepted as better: that is how reward hacking looks. Equal, or NaN, is not improved. Where None is
+    the answer, compare takes s = 0, the semi-on-policy adapter alone.
     """
     return max((s for s, (reward, judged) in scores.items() if reward > base[0] and judged > base[1]), default=None)
 
@@ -1100,7 +1107,8 @@ def run(settings: Settings) -> None:
     sweep = parse_sweep(settings.sweep)
     model = load_generator(settings.base, settings.device, settings.precision == "bf16", settings.timesteps)
     if not model.solver_steps and (settings.method == "sde-grpo" or settings.study == "cost"):
-        raise UserError(f"--method sde-grpo, --study cost: the sampler of --base {settings.base} adds no noise that SDE-GRPO could explore")
+        raise UserError(f"{'--study cost' if settings.study else '--method sde-grpo'}: the sampler adds no noise that SDE-GRPO could explore"
+                        f"; choose another --base (now {settings.base}) or more --timesteps (now {model.timesteps})")
     scorer = ClipReward(settings.clip, settings.device)
     about = {"base": fingerprint(model), "clip": fingerprint(scorer.model), "buffer_weights": buffer_weights, "group": settings.group,
              "sigma": settings.sigma, "timesteps": list(model.timesteps), "flow": model.flow}
@@ -1108,7 +1116,7 @@ def run(settings: Settings) -> None:
     reference = sample_batches(model, TRAIN_PROMPTS, seeded(0, CALIBRATION))                    # the same for all seeds: one scale
     reward = WeightedReward(scorer, weights, reference, TRAIN_PROMPTS)
     buffer_reward = reward.reweighted(buffer_weights)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=bool(settings.out))
     record = dataclasses.asdict(settings) | {"reward_scales": reward.scales}
     (folder / "settings.json").write_text(json.dumps(record, indent=1) + "\n")
     if settings.study:
@@ -1225,6 +1233,7 @@ def choose_precision(name: str, device: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    sys.stdout.reconfigure(errors="replace")                   # a σ or a ▇ where the output has no such letter is no reason to stop
     try:
         settings = parse(arguments)
         settings.device = choose_device(settings.device)

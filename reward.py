@@ -167,7 +167,7 @@ def judge(clips: Tensor, prompts: list[str]) -> dict[str, Tensor]:
 
     colour, shape, motion   1 if right, else 0: nearest colour of the palette; the ideal drawing that fits best; direction of
                             the way from first to last position ("still": less than 2 px). 0 if half of the frames are empty,
-                            motion also if the first or last is. A frame is empty if nothing in it is brighter than 15 %.
+                            motion also if the first or last is. A frame is empty if its 24 brightest pixels are, on average, below 15 %.
     text                    mean of the three, in [0, 1] (text alignment).
     all_right               1 if all three are right.
     visual                  mean over frames of 1 - |frame - ideal| / |ideal - background| (L2), cut to [0, 1]; empty frames 0.
@@ -400,10 +400,12 @@ def train_clip(out: Path, steps: int, seed: int) -> None:
         step_with(optimizers, 2e-3 * min(1, (step + 1) / 30, 2 * (1 - step / steps)))
         model.logit_scale.data.clamp_(0, math.log(100))
         bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{(logits.argmax(1) == target).float().mean().item():.2f}")
-    out.mkdir(parents=True, exist_ok=True)
+    part = Path(f"{out}.part")
+    part.mkdir(parents=True, exist_ok=True)
     weights = {name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()}
-    (out / "open_clip_model.safetensors").write_bytes(save(weights))
-    (out / "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG, indent=1) + "\n")
+    (part / "open_clip_model.safetensors").write_bytes(save(weights))
+    (part / "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG, indent=1) + "\n")
+    os.replace(part, out)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """pytest: proofs by equivalence, on the CPU, without network; checks that need a GPU skip themselves."""
 
 import csv
+import io
 import json
 import math
 import re
@@ -707,7 +708,7 @@ def test_pretraining_resumes_to_the_same_weights(tmp_path, monkeypatch):
 
 
 def broken_files(folder: Path, tiny_base: Path) -> dict[str, Path]:
-    files = {name: folder / f"{name}.safetensors" for name in ("missing", "truncated", "other", "misshapen", "timeless", "infinite", "misfit", "foreign", "tensorless", "afile")}
+    files = {name: folder / f"{name}.safetensors" for name in ("missing", "truncated", "other", "misshapen", "timeless", "infinite", "misfit", "foreign", "timed", "tensorless", "afile")}
     files["truncated"].write_bytes(tiny_base.read_bytes()[:5000])
     save_file({"x": torch.zeros(2)}, files["other"])
     tensors = load_file(tiny_base)
@@ -718,6 +719,7 @@ def broken_files(folder: Path, tiny_base: Path) -> dict[str, Path]:
     save_file(tensors | {"head.bias": torch.full((192,), float("nan"))}, files["infinite"])
     adapter = Adapter.new(tiny(), 4, 4.0)
     adapter.save(files["foreign"], tiny(seed=1))
+    adapter.save(files["timed"], arcopo.load_generator(tiny_base))
     adapter.weights["head"] = (torch.zeros(4, 31), adapter.weights["head"][1])
     adapter.save(files["misfit"], tiny())
     save_file({"x": torch.zeros(2)}, files["tensorless"], {"buffer": "[1"})
@@ -739,6 +741,7 @@ BAD = [
     (["--pretrain", "--out", "."], "not empty"),
     (["--sample", PROMPTS[0], "--adapter", "{missing}"], "no such file"), (["--sample", PROMPTS[0], "--adapter", "{truncated}"], "safetensors"),
     (["--sample", PROMPTS[0], "--adapter", "{other}"], "not an adapter"), (["--sample", PROMPTS[0], "--adapter", "{misfit}"], "head"),
+    (["--sample", PROMPTS[0], "--adapter", "{timed}", "--timesteps", "1,0.4"], "other times"),
     (["--sample", PROMPTS[0], "--adapter", "{foreign}"], "other weights"), (["--buffer-weights", "tb=1"], "--buffer-weights"),
     (["--sample", ""], "--sample"), (["--sample", PROMPTS[0], "--pretrain"], "one of them"),
     (["--method", "grpo"], "on-policy"), (["--study", "noise"], "entropy"), (["--study", "cost", "--method", "semi"], "one of them"), (["--sweep", "0.4;1"], "--sweep"),
@@ -774,6 +777,14 @@ def test_bad_input_of_reward(arguments, says, tmp_path, tiny_base, capsys):
     assert reward.main([a.format(**files) for a in arguments]) == 2
     out, error = capsys.readouterr()
     assert error.count("\n") == 1 and error.startswith("reward: ") and says in error and not out
+
+
+def test_an_output_without_greek_letters_stops_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    with pytest.raises(SystemExit, match="0"):
+        arcopo.main(["--help"])
+    sys.stdout.flush()
+    assert b"--sigma" in sys.stdout.buffer.getvalue()
 
 
 def test_retraining_the_clip_writes_what_open_clip_loads(tmp_path):
