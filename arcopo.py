@@ -47,6 +47,7 @@ import argparse
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -63,14 +64,12 @@ from typing import NamedTuple
 import imageio.v3 as iio
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from reward import (ASSETS, CHUNK_FRAMES, CHUNKS, COLOURS, HELD_OUT_PROMPTS, MOTIONS, SHAPES, SIZE, TRAIN_PROMPTS, ClipReward, Parser,
                     UserError, WeightedReward, attributes, check_folder, judge, make_clips, muon_and_adamw, nonempty, one_line,
-                    parse_weights, step_with)
+                    parse_weights, read_weights, step_with, write_weights)
 
 
 # ------------------------------------------------------------------ settings
@@ -524,7 +523,8 @@ class Adapter:
 
     def save(self, file: Path, model: nn.Module) -> None:
         tensors = {f"{name}.lora_{x}.weight": z for name, pair in self.weights.items() for x, z in zip("AB", pair)}
-        write_weights(file, tensors, {"alpha": repr(self.alpha), "base": fingerprint(model), "timesteps": json.dumps(model.timesteps)})
+        times = ",".join(f"{t:g}" for t in model.timesteps)
+        write_weights(file, tensors, {"alpha": repr(self.alpha), "base": fingerprint(model), "timesteps": times})
 
     @classmethod
     def load(cls, file: str | Path, model: nn.Module) -> "Adapter":
@@ -544,8 +544,8 @@ class Adapter:
                 raise ValueError(f"its alpha is {metadata['alpha']}")
             if metadata["base"] != fingerprint(model):
                 raise ValueError("it was trained on other weights; name them with --base")
-            if json.loads(metadata["timesteps"]) != list(model.timesteps):
-                raise ValueError(f"it was trained at other times; name them with --timesteps {metadata['timesteps'][1:-1].replace(' ', '')}")
+            if metadata["timesteps"] != ",".join(f"{t:g}" for t in model.timesteps):
+                raise ValueError(f"it was trained at other times; name them with --timesteps {metadata['timesteps']}")
             return cls(weights, float(metadata["alpha"]))
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"--adapter {file}: not an adapter of this base ({one_line(error)})") from error
@@ -659,7 +659,8 @@ is, a Fork's tensors and "reward" [rows, G], a row for each group. Rolled out on
 
 
 def collect_buffer(rollouts: Callable, size: int, P: int, seed: int) -> Buffer:
-    """`size` groups, P at a time, noise and chunks in half precision. rollouts(P, generator) is explore of the reference policy: no adapter may be on."""
+    """`size` groups, P at a time, noise and chunks in half precision. rollouts(P, generator) is explore of the reference policy: no
+    adapter may be on."""
     found, bar = {}, tqdm(total=size, desc="buffer", unit="group")
     for first in range(0, size, P):
         pivot, branches, scores = rollouts(min(P, size - first), seeded(seed, BUFFER, first))
@@ -777,30 +778,6 @@ def align(name: str, model: Generator, reward: Callable, settings: Settings, fol
 
 
 # ------------------------------------------------------------------ base model
-
-def read_weights(file: str | Path, option: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file (never pickle). Raises UserError if it is missing or broken."""
-    if not Path(file).is_file():
-        raise UserError(f"{option} {file}: no such file")
-    try:
-        with safe_open(str(file), "pt") as f:
-            tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
-    except Exception as error:
-        raise UserError(f"{option} {file}: not a whole safetensors file ({one_line(error)})") from error
-    if not all(t.isfinite().all() for t in tensors.values()):
-        raise UserError(f"{option} {file}: holds numbers that are not finite")
-    return tensors, metadata
-
-
-def write_weights(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write all or nothing."""
-    part = Path(f"{file}.part")
-    try:
-        part.write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
-
 
 def save_generator(model: Generator, file: Path) -> None:
     shape = {"width": model.width, "layers": model.layers, "heads": model.heads, "timesteps": model.timesteps, "flow": model.flow}
@@ -1233,7 +1210,8 @@ def choose_precision(name: str, device: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    sys.stdout.reconfigure(errors="replace")                   # a σ or a ▇ where the output has no such letter is no reason to stop
+    if isinstance(sys.stdout, io.TextIOWrapper):               # not in a notebook
+        sys.stdout.reconfigure(errors="replace")               # an output without σ or ▇ is no reason to stop
     try:
         settings = parse(arguments)
         settings.device = choose_device(settings.device)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
@@ -62,6 +63,30 @@ def check_folder(folder: Path, new: bool = False) -> None:
         raise UserError(f"--out {folder}: {there} {'cannot be written to' if there.is_dir() else 'is a file'}; name another folder")
     if new and there == folder and any(folder.iterdir()):
         raise UserError(f"--out {folder}: is not empty; name a new folder")
+
+
+def read_weights(file: str | Path, option: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file (never pickle). Raises UserError if it is missing or broken."""
+    if not Path(file).is_file():
+        raise UserError(f"{option} {file}: no such file")
+    try:
+        with safe_open(str(file), "pt") as f:
+            tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+    except Exception as error:
+        raise UserError(f"{option} {file}: not a whole safetensors file ({one_line(error)})") from error
+    if not all(t.isfinite().all() for t in tensors.values()):
+        raise UserError(f"{option} {file}: holds numbers that are not finite")
+    return tensors, metadata
+
+
+def write_weights(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write all or nothing."""
+    part = Path(f"{file}.part")
+    try:
+        part.write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------ world
@@ -400,12 +425,10 @@ def train_clip(out: Path, steps: int, seed: int) -> None:
         step_with(optimizers, 2e-3 * min(1, (step + 1) / 30, 2 * (1 - step / steps)))
         model.logit_scale.data.clamp_(0, math.log(100))
         bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{(logits.argmax(1) == target).float().mean().item():.2f}")
-    part = Path(f"{out}.part")
-    part.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     weights = {name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()}
-    (part / "open_clip_model.safetensors").write_bytes(save(weights))
-    (part / "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG, indent=1) + "\n")
-    os.replace(part, out)
+    (out / "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG, indent=1) + "\n")
+    write_weights(out / "open_clip_model.safetensors", weights, {})
 
 
 def main(arguments: list[str] | None = None) -> int:
