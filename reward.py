@@ -1,31 +1,30 @@
-"""The world, the judge and the reward of the AR-CoPO miniature.
+"""The world, the judge and the reward of the AR-CoPO miniature; errors and files.
 
-    python reward.py                     retrain the shipped CLIP from nothing (70 seconds on two cores)
-
-World    short 32x32 clips of one coloured shape in motion, and their prompts ("a red circle moving right").
-Judge    exact and procedural: never trained, never a reward. It plays VBench's part: it tells alignment from reward hacking.
-Reward   text alignment (TA), visual quality (VQ) and motion quality (MQ) from any open_clip model, as VideoAlign has three.
+World    short 32x32 clips of one coloured shape in motion, with prompts ("a red circle moving right").
+Judge    procedural: never trained, never a reward. It stands in for VBench, to detect reward hacking.
+Reward   text alignment (TA), visual quality (VQ) and motion quality (MQ) from any open_clip model.
 
 Clips are float tensors [N, FRAMES, 3, SIZE, SIZE] in [0, 1]; prompts are strings. Nothing here knows about the generator.
 """
 
 import argparse
 import copy
-import json
+import csv
+import io
 import logging
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import imageio.v3 as iio
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
-from tqdm import tqdm
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 
@@ -87,6 +86,47 @@ def write_weights(file: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
+
+
+def command(name: str, call: Callable[[], int]) -> int:
+    """Run a command -> its exit code: 2, with one line on stderr, for a UserError or an OSError."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")            # don't crash on terminals without Unicode
+    try:
+        return call()
+    except SystemExit as stop:                              # --help
+        return stop.code or 0
+    except (UserError, OSError) as error:
+        print(f"{name}: {one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def append_row(file: Path, row: dict) -> None:
+    """Append to a CSV file; the first row also writes the header."""
+    new = not file.exists()
+    with open(file, "a", newline="") as f:
+        writer = csv.DictWriter(f, row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def save_gif(blocks: dict[str, Tensor], file: Path, scale: int = 4) -> None:
+    """{label: clips [rows, columns, FRAMES, 3, H, W] in [0, 1]} -> a looping GIF, side by side."""
+    parts = []
+    for label, clips in blocks.items():
+        clips = F.pad(clips.cpu(), (1, 1, 1, 1), value=0.5).permute(2, 0, 4, 1, 5, 3)
+        frames = clips.flatten(1, 2).flatten(2, 3)                      # [FRAMES, H, W, 3]
+        frames = frames.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        frames = (frames * 255).round().byte()
+        if label:
+            title = Image.new("RGB", (frames.shape[2], 14), "white")
+            ImageDraw.Draw(title).text((4, 1), label, fill="black")
+            title = torch.frombuffer(bytearray(title.tobytes()), dtype=torch.uint8).view(14, -1, 3)
+            frames = torch.cat([title.expand(len(frames), -1, -1, -1), frames], 1)
+        parts += [frames, torch.full_like(frames[:, :, : 3 * scale], 255)]
+    image = torch.cat(parts[:-1], 2).numpy()
+    iio.imwrite(file, image, extension=".gif", duration=150, loop=0)
 
 
 # ------------------------------------------------------------------ world
@@ -231,12 +271,12 @@ def judge(clips: Tensor, prompts: list[str]) -> dict[str, Tensor]:
     light = area * level.view(n, FRAMES)
     flicker = light.diff(dim=1).abs().mean(1) / light.mean(1).clamp_min(1)
     right = {"colour": colour == triple[:, 0], "shape": shape == triple[:, 1],
-             "motion": (heading == DIRECTIONS.to(clips.device)[triple[:, 2]]).all(1)}
+             "direction": (heading == DIRECTIONS.to(clips.device)[triple[:, 2]]).all(1)}
     right = {name: (value & (seen.sum(1) > FRAMES // 2)).float() for name, value in right.items()}
-    right["motion"] = right["motion"] * seen[:, 0] * seen[:, -1]
+    right["direction"] = right["direction"] * seen[:, 0] * seen[:, -1]
     return right | {
-        "text": (right["colour"] + right["shape"] + right["motion"]) / 3,
-        "all_right": right["colour"] * right["shape"] * right["motion"],
+        "text": (right["colour"] + right["shape"] + right["direction"]) / 3,
+        "all_right": right["colour"] * right["shape"] * right["direction"],
         "visual": (visual.clamp(0, 1) * seen).mean(1),
         "motion_quality": (-acceleration - 2 * flicker).exp() * seen.all(1),
         "area": area.mean(1), "displacement": way.norm(dim=1), "x": centre[..., 0].mean(1), "y": centre[..., 1].mean(1),
@@ -356,99 +396,3 @@ def parse_weights(text: str, name: str = "reward_weights") -> dict[str, float]:
     if not set(weights) <= set(COMPONENTS) or not all(0 <= w < math.inf for w in weights.values()) or not any(weights.values()):
         raise UserError(f"--{name.replace('_', '-')} {text}: expected {','.join(c + '=1' for c in COMPONENTS)}, each >= 0 and one above 0")
     return weights
-
-
-# ------------------------------------------------------------------ training the shipped CLIP
-
-CLIP_CONFIG = {
-    "model_cfg": {
-        "embed_dim": 64,
-        "vision_cfg": {"image_size": SIZE, "layers": [1, 1, 1, 1], "width": 16},
-        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-    },
-    "preprocess_cfg": {"mean": [0.1] * 3, "std": [0.25] * 3},
-}
-
-
-def muon_and_adamw(model: torch.nn.Module, hidden: list[Tensor]) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices, AdamW for the rest."""
-    chosen = {id(p) for p in hidden}
-    return [torch.optim.Muon(hidden, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW([p for p in model.parameters() if id(p) not in chosen], betas=(0.9, 0.98), weight_decay=0)]
-
-
-def step_with(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
-    for optimizer in optimizers:
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = lr
-        optimizer.step()
-
-
-def train_clip(out: Path, steps: int, seed: int) -> None:
-    """Train a tiny CLIP on frames and captions of the world, contrastively, and write it as open_clip reads it.
-
-    A batch holds each caption once, so that no pair is a false negative: even steps name the quality ("a dim red circle moving
-    up"), odd ones do not. The motion is in the caption, as in the prompts, though no single frame shows it. Frames are slightly
-    brightened or darkened and lightly noised, so that "sharp" does not mean drawn without a trace of error.
-    """
-    import open_clip
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    with tempfile.TemporaryDirectory() as folder:              # nothing is left in `out` before the weights are there
-        Path(folder, "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG))
-        model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-    mean, std = (CLIP_CONFIG["preprocess_cfg"][name][0] for name in ("mean", "std"))
-    optimizers = muon_and_adamw(model, [p for name, p in model.named_parameters() if "resblocks" in name and p.ndim == 2])
-    bar = tqdm(range(steps), desc="clip", unit="step")
-    for step in bar:
-        kinds = WORDINGS if step % 2 == 0 else (None,)
-        frames, captions = [], []
-        for kind in kinds:
-            motions = torch.randint(len(MOTIONS), (len(COLOURS), len(SHAPES)), generator=generator).tolist()
-            drawn = [prompt_of(c, s, motions[c][s]) for c in range(len(COLOURS)) for s in range(len(SHAPES))]
-            prompts = [prompt for prompt in drawn if prompt in TRAIN_PROMPTS]
-            clips = make_clips(prompts, generator, kind)
-            frames.append(clips[torch.arange(len(clips)), torch.randint(FRAMES, (len(clips),), generator=generator)])
-            captions += [worded(p, kind) if kind else p for p in prompts]
-        images = torch.cat(frames)
-        gain, sigma = torch.rand(2, len(images), 1, 1, 1, generator=generator) * torch.tensor([0.2, 0.05])[:, None, None, None, None]
-        images = (images * (0.9 + gain) + sigma * torch.randn(images.shape, generator=generator)).clamp(0, 1)
-        with torch.autocast("cpu", torch.bfloat16):
-            image = model.encode_image((images - mean) / std, normalize=True)
-            text = model.encode_text(tokenizer(captions), normalize=True)
-        logits = model.logit_scale.exp() * image.float() @ text.float().T
-        target = torch.arange(len(logits))
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        model.zero_grad()
-        loss.backward()
-        step_with(optimizers, 2e-3 * min(1, (step + 1) / 30, 2 * (1 - step / steps)))
-        model.logit_scale.data.clamp_(0, math.log(100))
-        bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{(logits.argmax(1) == target).float().mean().item():.2f}")
-    out.mkdir(parents=True, exist_ok=True)
-    weights = {name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()}
-    (out / "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG, indent=1) + "\n")
-    write_weights(out / "open_clip_model.safetensors", weights, {})
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = Parser("Retrain the shipped CLIP from nothing.")
-    parser.add_argument("--out", type=nonempty, default="runs/clip", help="folder to write; use it with arcopo.py --clip FOLDER")
-    parser.add_argument("--steps", type=int, default=600, help="training steps [600]")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random [0]")
-    try:
-        args = parser.parse_args(arguments)
-        for name, low in (("steps", 1), ("seed", 0)):
-            if not low <= getattr(args, name) < 2**63:
-                raise UserError(f"--{name} {getattr(args, name)}: must be >= {low}")
-        check_folder(Path(args.out), new=True)
-        train_clip(Path(args.out), args.steps, args.seed)
-    except (UserError, OSError) as error:
-        print(f"reward: {one_line(error)}", file=sys.stderr)
-        return 2
-    print(f"wrote {args.out}; use it with arcopo.py --clip {args.out}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

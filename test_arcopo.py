@@ -1,4 +1,4 @@
-"""pytest: proofs by equivalence, on the CPU, without network; checks that need a GPU skip themselves."""
+"""pytest: tests by equivalence, on the CPU, without network; tests that need a GPU skip themselves."""
 
 import csv
 import io
@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -18,11 +19,16 @@ from torch import nn
 
 import arcopo
 import reward
-from arcopo import (Adapter, Generator, Settings, choose_strength, clipped_objective, collect_buffer, contrastive_log_policies, denoise,
-                    draw_from, draw_noise, explore, fork, gaussian_log_density, group_advantages, iterate, load_buffer, merge_adapters,
-                    methods, neighbor_noise, replay, sample, sample_batches, save_buffer, save_generator, sde_log_policies, seeded,
+from arcopo import (Adapter, Context, Fork, Generator, Settings, choose_strength, clipped_objective,
+                    collect_buffer, contrastive_log_policies, denoise, draw_from, draw_noise,
+                    explore, fork, group_advantages, iterate, load_buffer, merge_adapters, methods,
+                    neighbor_noise, replay, sample, sample_batches, save_buffer, seeded,
                     surrogate_log_policy, update)
-from reward import ASSETS, CHUNKS, HELD_OUT_PROMPTS, QUALITIES, TRAIN_PROMPTS, ClipReward, UserError, WeightedReward, judge, make_clips
+from reward import (ASSETS, CHUNKS, HELD_OUT_PROMPTS, QUALITIES, TRAIN_PROMPTS, ClipReward,
+                    UserError, WeightedReward, judge, make_clips)
+from studies import cost, entropy, pretrain, sde_grpo, train_clip
+from studies.pretrain import encode, save_generator
+from studies.sde_grpo import gaussian_log_density
 
 HERE = Path(__file__).resolve().parent
 PROMPTS = TRAIN_PROMPTS[:3]
@@ -42,8 +48,22 @@ def nonzero(adapter: Adapter, seed: int = 1) -> Adapter:
     return adapter
 
 
-def forked(model: Generator, pivot: int, radii: tuple = (0.5, 0, 0, 0), group: int = 4, seed: int = 0):
-    return fork(model, PROMPTS, pivot, group, radii[:1] if model.flow else radii, draw_noise(model, len(PROMPTS), seeded(seed)), seeded(seed, 1))
+def forked(model: Generator, pivot: int, sigma: float = 0.5, group: int = 4, seed: int = 0,
+           method: str = "on-policy"):
+    noise = draw_noise(model, len(PROMPTS), seeded(seed))
+    own = tiny_method(method, group=group, sigma=max(sigma, 1e-30)).branch_noise(noise, pivot,
+                                                                                 seeded(seed, 1))
+    return fork(model, PROMPTS, pivot, noise, *own)
+
+
+def tiny_settings(**changes) -> Settings:
+    small = {"group": 4, "anchors": 2, "prompts": 2, "rank": 4, "alpha": 4.0, "clip_range": 1e-2}
+    return Settings(**(small | changes))
+
+
+def tiny_method(name: str, **changes):
+    settings = tiny_settings(**changes)
+    return (methods(settings) | {"sde-grpo": sde_grpo.sde_grpo(settings)})[name]
 
 
 # ------------------------------------------------------------------ world, judge, reward
@@ -67,7 +87,7 @@ def test_judge_is_low_on_the_wrong_prompt():
     right = [reward.prompt_of(c, s, m) for c, s, m in reward.TRIPLES]
     wrong = [reward.prompt_of((c + 1) % 6, (s + 1) % 4, (m + 1) % 5) for c, s, m in reward.TRIPLES]
     scores = judge(make_clips(right, seeded(0), "sharp"), wrong)
-    for name in ("colour", "shape", "motion", "text", "all_right"):
+    for name in ("colour", "shape", "direction", "text", "all_right"):
         assert scores[name].mean() < 0.02
 
 
@@ -86,7 +106,7 @@ def test_judge_gives_nothing_for_empty_and_frozen_clips():
     moving = [p for p in TRAIN_PROMPTS if "moving" in p]
     frozen = make_clips(moving, seeded(0), "sharp")[:, :1].expand(-1, 12, -1, -1, -1)
     scores = judge(frozen, moving)
-    assert scores["motion"].max() == 0 and scores["displacement"].max() < 0.01
+    assert scores["direction"].max() == 0 and scores["displacement"].max() < 0.01
 
 
 def test_mixed_clips_are_mixed_chunk_by_chunk():
@@ -127,7 +147,7 @@ def test_clip_reward_is_open_clips_own_model(clip):
 def test_clip_reward_loads_any_architecture_with_local_weights(tmp_path):
     """ARCH:FILE, as for a downloaded ViT; the frames are resized to what the model wants."""
     import open_clip
-    config = reward.CLIP_CONFIG["model_cfg"] | {"vision_cfg": {"image_size": 48, "layers": 1, "width": 64, "patch_size": 16}}
+    config = train_clip.CLIP_CONFIG["model_cfg"] | {"vision_cfg": {"image_size": 48, "layers": 1, "width": 64, "patch_size": 16}}
     (tmp_path / "tiny-vit.json").write_text(json.dumps(config))
     open_clip.add_model_config(tmp_path / "tiny-vit.json")
     model = open_clip.create_model("tiny-vit")
@@ -146,30 +166,64 @@ def test_weighted_reward_puts_the_components_on_one_scale():
 
 # ------------------------------------------------------------------ model, sampler, fork
 
+def one_pass(model: Generator, x, t, prompts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Without a cache: all chunks x [N, L, ...] at times t [N, L] in one pass with the block-causal
+    mask -> predictions [N, L, ...] and keys and values as in Context. Written anew, for fp32."""
+    N, L, F, C, S, W = *x.shape[:5], model.width
+    side, K = S // arcopo.PATCH, model.tokens
+    words = model.begin(prompts).words
+    frequency = 1e4 ** (-torch.arange(128) / 128)
+    angle = 1000 * t[..., None] * frequency
+    condition = model.time(torch.cat([angle.cos(), angle.sin()], -1)) + words[:, None]         # [N, L, W]
+    modulation = model.modulation(condition).view(N, L, 1, 6, W)
+    y = x.view(N, L, F, C, side, arcopo.PATCH, side, arcopo.PATCH)
+    y = torch.einsum("nlfcapbq->nlfabcpq", y).reshape(N, L, K, -1)
+    y = model.patch(y) + model.position[:L] + words[:, None, None]
+    chunk = torch.arange(L).repeat_interleave(K)
+    mask, kv = chunk[:, None] >= chunk, []
+    for block in model.blocks:
+        a, b, c, d, e, f = (modulation + block.table).unbind(3)
+        z = nn.functional.layer_norm(y, (W,)) * (1 + b) + a
+        q, k, v = block.qkv(z).view(N, L * K, 3, model.heads, -1).transpose(1, 3).unbind(2)
+        q, k = (nn.functional.rms_norm(u, u.shape[-1:]) for u in (q, k))
+        z = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+        y = y + c * block.out(z.transpose(1, 2).reshape(N, L, K, W))
+        z = nn.functional.layer_norm(y, (W,)) * (1 + e) + d
+        y = y + f * block.down(nn.functional.gelu(block.up(z)))
+        kv.append(torch.stack([k, v], 1))
+    a, b = (condition[:, :, None] + model.table).unbind(2)
+    y = model.head(nn.functional.layer_norm(y, (W,)) * (1 + b[:, :, None]) + a[:, :, None])
+    y = y.view(N, L, F, side, side, C, arcopo.PATCH, arcopo.PATCH)
+    return torch.einsum("nlfabcpq->nlfcapbq", y).reshape(x.shape), torch.stack(kv, 1)
+
+
 def test_cached_prediction_equals_one_pass_with_the_block_causal_mask():
-    model, clean = tiny(), Generator.encode(make_clips(PROMPTS, seeded(0)))
-    full, kv = model(clean, torch.zeros(3, CHUNKS), model.begin(PROMPTS), torch.ones(CHUNKS, CHUNKS, dtype=torch.bool).tril())
+    model, clean = tiny(), encode(make_clips(PROMPTS, seeded(0)))
+    full, kv = one_pass(model, clean, torch.zeros(3, CHUNKS), PROMPTS)
     t = torch.rand(3, CHUNKS, generator=seeded(1))
-    noisy = torch.randn(clean.shape, generator=seeded(2))
-    forced = model.predict_all(noisy, t, model.write_all(clean, PROMPTS))
     context = model.begin(PROMPTS)
     for p in range(CHUNKS):
         assert torch.allclose(model.predict(clean[:, p], 0.0, context), full[:, p], atol=1e-5)
-        assert torch.allclose(model.predict(noisy[:, p], t[:, p], context), forced[:, p], atol=1e-5)
         before = context.kv.clone()
         longer = model.extend(context, clean[:, p])
-        assert torch.equal(context.kv, before)                 # a value: extending leaves it as it was
+        assert torch.equal(context.kv, before)                 # a value: extend changes a copy
         context = longer
-    assert torch.allclose(context.kv, model.stack(kv), atol=1e-5)
+    assert torch.allclose(context.kv, kv, atol=1e-5)
 
 
-def test_the_future_and_the_other_rows_are_not_seen():
-    model, clean = tiny(), Generator.encode(make_clips(PROMPTS, seeded(0)))
-    a = model.predict_all(clean, torch.full((3, CHUNKS), 0.5), model.write_all(clean, PROMPTS))
-    clean[1] = 0
-    clean[:, 2] = 0
-    b = model.predict_all(clean, torch.full((3, CHUNKS), 0.5), model.write_all(clean, PROMPTS))
-    assert torch.allclose(a[::2, :2], b[::2, :2], atol=1e-6) and not torch.allclose(a[:, 3], b[:, 3], atol=1e-3)
+def test_prediction_at_a_time_sees_its_own_past_alone():
+    """predict_all (pre-training) = one pass over the clean past and one noisy chunk; rows are apart."""
+    model, clean = tiny(), encode(make_clips(PROMPTS, seeded(0)))
+    t, noisy = torch.rand(3, CHUNKS, generator=seeded(1)), torch.randn(clean.shape, generator=seeded(2))
+    forced = pretrain.predict_all(model, noisy, t, pretrain.contexts(model, clean, PROMPTS))
+    for p in range(CHUNKS):
+        x = torch.cat([clean[:, :p], noisy[:, p : p + 1]], 1)
+        times = torch.cat([torch.zeros(3, p), t[:, p : p + 1]], 1)
+        assert torch.allclose(one_pass(model, x, times, PROMPTS)[0][:, p], forced[:, p], atol=1e-5)
+    clean[1], clean[:, 2] = 0, 0                               # another row; a later chunk
+    other = pretrain.predict_all(model, noisy, t, pretrain.contexts(model, clean, PROMPTS))
+    assert torch.allclose(forced[::2, :3], other[::2, :3], atol=1e-6)
+    assert not torch.allclose(forced[:, 3], other[:, 3], atol=1e-3)
 
 
 @pytest.mark.parametrize("flow, bf16", [(False, False), (False, True), (True, False)])
@@ -192,8 +246,8 @@ def test_fork_without_radius_is_plain_sampling(pivot, flow):
     """sigma -> 0 recovers the sampler: every branch is the clip of the base noise."""
     model = tiny(flow=flow)
     clips = sample(model, PROMPTS, draw_noise(model, 3, seeded(0)))[:, None].expand(-1, 4, -1, -1, -1, -1)
-    assert torch.allclose(forked(model, pivot, (0, 0, 0, 0))[1], clips, atol=1e-5)
-    assert torch.allclose(forked(model, pivot, (1e-7, 0, 0, 0))[1], clips, atol=1e-4)
+    assert torch.allclose(forked(model, pivot, 0)[1], clips, atol=1e-5)
+    assert torch.allclose(forked(model, pivot, 1e-7)[1], clips, atol=1e-4)
 
 
 def test_nothing_but_the_pivots_initial_noise_differs():
@@ -209,20 +263,21 @@ def test_nothing_but_the_pivots_initial_noise_differs():
 
 
 def test_sde_branches_differ_in_the_pivots_solver_noise_alone():
-    """The first prediction is shared; what follows is what plain sampling gives with that noise exchanged; without a radius all are equal."""
+    """Each branch is what plain sampling gives from the shared noise with that tensor exchanged."""
     model, pivot, group = tiny(), 2, 3
     noise = draw_noise(model, 3, seeded(0))
-    branches, clips = forked(model, pivot, (0, 1, 1, 1), group)
-    assert torch.equal(branches.states[:, 0], noise.initial[:, pivot, None].expand(-1, group, -1, -1, -1, -1))
+    branches, clips = forked(model, pivot, group=group, method="sde-grpo")
+    initial = noise.initial[:, pivot, None].expand(-1, group, -1, -1, -1, -1)
+    assert torch.equal(branches.states[:, 0], initial)
     assert all((branches.states[:, i, 1:] != branches.states[:, i, :1]).any() for i in (1, 2, 3))
-    generator, solver = seeded(0, 1), noise.solver[:, None].repeat_interleave(group, 1)         # [P, G, L, T-1, ...]
+    generator, solver = seeded(0, 1), noise.solver[:, None].repeat_interleave(group, 1)
     for i in range(3):
-        solver[:, :, pivot, i] = neighbor_noise(noise.solver[:, pivot, i], 1.0, group, generator).transpose(0, 1)
+        own = neighbor_noise(noise.solver[:, pivot, i], 1.0, group, generator)
+        solver[:, :, pivot, i] = own.transpose(0, 1)
     for b in range(group):
-        assert torch.allclose(sample(model, PROMPTS, noise._replace(solver=solver[:, b])), clips[:, b], atol=1e-5)
-    for radii in ((0, 0, 0, 0), (0, 1, 1, 1)):
-        equal = forked(model, pivot, radii, group)[1]
-        assert torch.equal(equal, equal[:, :1].expand_as(equal)) == (radii == (0, 0, 0, 0))
+        plain = sample(model, PROMPTS, noise._replace(solver=solver[:, b]))
+        assert torch.allclose(plain, clips[:, b], atol=1e-5)
+    assert (clips[:, 1:] - clips[:, :1]).abs().amax((2, 3, 4, 5)).min() > 1e-3
 
 
 def test_sampler_re_noises_as_self_forcing():
@@ -248,7 +303,7 @@ def test_the_flow_sampler_solves_its_ode():
     assert torch.allclose(outputs[:, -1], m + s * initial, atol=0.01) and torch.equal(states[:, 1:], outputs[:, :-1])
 
 
-def test_the_shipped_base_is_good_and_imperfect_and_every_pivot_decides_something(clip):
+def test_the_shipped_base_is_good_imperfect_and_every_pivot_matters(clip):
     model = arcopo.load_generator(HERE / "assets" / "base.safetensors")
     clips = sample(model, HELD_OUT_PROMPTS, draw_noise(model, 24, seeded(0)))
     scores = judge(clips, HELD_OUT_PROMPTS)
@@ -294,11 +349,12 @@ def objective(anchor, candidates, advantages, tau, old, clip):
 def test_gradient_at_theta_old_is_the_closed_form(own):
     """∂J/∂x^(θ) = 2/(Gτ) Σ A⁽ⁱ⁾ x⁽ⁱ⁾, whether or not the anchor is one of the candidates, and with or without the clip."""
     G, tau, g = 12, 7.0, seeded(0)
-    candidates = torch.randn(G, 3, 4, 5, generator=g, dtype=torch.double)
-    anchor = (candidates[2].clone() if own else torch.randn(3, 4, 5, generator=g, dtype=torch.double)).requires_grad_()
+    candidates = torch.randn(G, 60, generator=g, dtype=torch.double)
+    anchor = candidates[2].clone() if own else torch.randn(60, generator=g, dtype=torch.double)
+    anchor.requires_grad_()
     A = group_advantages(torch.randn(G, generator=g, dtype=torch.double))
     old = surrogate_log_policy(candidates, anchor, tau).detach()
-    expected = 2 / (G * tau) * torch.einsum("g,gabc->abc", A, candidates)
+    expected = 2 / (G * tau) * torch.einsum("g,gd->d", A, candidates)
     for clip in (1e-4, math.inf):
         gradient, = torch.autograd.grad(objective(anchor, candidates, A, tau, old, clip), anchor)
         assert torch.allclose(gradient, expected, rtol=1e-10, atol=1e-12)
@@ -349,7 +405,8 @@ def test_log_policies_are_the_plain_function_for_each_step_prompt_and_anchor():
     batched = contrastive_log_policies(branches, x0, 0.5)
     assert batched.shape == (3, 4, 2, 4)
     for p, t, b in ((0, 0, 0), (2, 3, 1), (2, 1, 0)):
-        plain = surrogate_log_policy(branches.candidates[p, t], x0[p, t, b], 0.5 * x0[p, t, b].numel())
+        candidates, anchor = branches.candidates[p, t].flatten(1), x0[p, t, b].flatten()
+        plain = surrogate_log_policy(candidates, anchor, 0.5 * anchor.numel())
         assert torch.allclose(batched[p, t, b], plain, atol=1e-5)
 
 
@@ -362,8 +419,8 @@ def test_gaussian_log_density_is_that_of_torch_distributions():
 def test_sde_log_policies_are_those_of_each_re_noising():
     """Under the policy that rolled out, each transition's noise is the solver noise: log N(noise; 0, 1) - log s, and no other step counts."""
     model = tiny()
-    branches = forked(model, 1, (0, 1, 1, 1))[0]
-    log_policies = sde_log_policies(branches, replay(model, branches, torch.arange(4), 3), model.timesteps)
+    branches = forked(model, 1, method="sde-grpo")[0]
+    log_policies = tiny_method("sde-grpo").log_policies(model, branches, torch.tensor([0]))
     assert log_policies.shape == (3, 3, 1, 4)
     for i, s in enumerate(model.timesteps[1:]):
         mean = (1 - s) * branches.candidates[:, i]
@@ -376,7 +433,7 @@ def test_the_flow_anchor_is_an_euler_step_of_the_current_policy():
     model = tiny(flow=True)
     branches = forked(model, 1)[0]
     with nonzero(Adapter.new(model, 4, 4.0, seeded(0))).on(model):
-        replayed = replay(model, branches, torch.tensor([2]), 4)
+        replayed = replay(model, branches, torch.tensor([2]))
         for i, (t, s) in enumerate(zip(model.timesteps, (*model.timesteps[1:], 0.0))):
             x_t = branches.states[:, i, 2]
             v = (x_t - model.predict(x_t, t, branches.context)) / t
@@ -386,23 +443,24 @@ def test_the_flow_anchor_is_an_euler_step_of_the_current_policy():
 
 # ------------------------------------------------------------------ adapter, update and methods
 
-def tiny_settings(**changes) -> Settings:
-    return Settings(**({"group": 4, "anchors": 2, "prompts": 2, "rank": 4, "alpha": 4.0, "clip_range": 1e-2} | changes))
-
-
 def brightness(clips, prompts):
     return {"reward": clips.mean((1, 2, 3, 4))}
 
 
-def trainer(model: Generator, adapter: Adapter, lr: float = 1e-2, method: str = "on-policy", reward=brightness, buffer=None, **changes):
+def trainer(model: Generator, adapter: Adapter, lr: float = 1e-2, method: str = "on-policy",
+            reward=brightness, buffer=None, **changes):
     """step -> the row of iterate."""
-    settings, optimizer = tiny_settings(**changes), torch.optim.AdamW(adapter.parameters(), lr)
-    return lambda step: iterate(model, adapter, optimizer, methods(model, settings)[method], reward, buffer, settings, seeded(0, step))
+    method, optimizer = tiny_method(method, **changes), torch.optim.AdamW(adapter.parameters(), lr)
+
+    def groups(generator):
+        if method.buffered:
+            return draw_from(buffer, method.prompts, generator)
+        return explore(model, method, TRAIN_PROMPTS, reward, method.prompts, generator)
+    return lambda step: iterate(model, adapter, optimizer, method, groups, seeded(0, step))
 
 
-def tiny_buffer(model: Generator, size: int = 6, group: int = 4) -> arcopo.Buffer:
-    radii = methods(model, tiny_settings())["semi"].radii
-    return collect_buffer(lambda prompts, generator: explore(model, brightness, prompts, group, radii, generator), size, 2, 0)
+def tiny_buffer(model: Generator, size: int = 6) -> arcopo.Buffer:
+    return collect_buffer(model, tiny_method("semi"), TRAIN_PROMPTS, brightness, size, 0)
 
 
 @pytest.mark.parametrize("flow, bf16", [(False, False), (False, True), (True, False)])
@@ -410,18 +468,20 @@ def tiny_buffer(model: Generator, size: int = 6, group: int = 4) -> arcopo.Buffe
 def test_replay_is_the_rollout_and_the_first_ratio_is_exactly_one(flow, bf16, anchors):
     model = tiny(bf16=bf16, flow=flow)
     adapter = nonzero(Adapter.new(model, 4, 4.0, seeded(0)))
-    chosen, advantages = torch.arange(anchors), group_advantages(torch.randn(3, 4, generator=seeded(0)))
+    chosen, rewards = torch.arange(anchors), torch.randn(3, 4, generator=seeded(0))
     with adapter.on(model):
         branches = forked(model, 1)[0]
-        for steps in (4, 3):
-            replayed, stored = replay(model, branches, chosen, steps), branches.candidates[:, :steps, chosen]
+        for steps in (4, 3):                                   # SDE-GRPO has no policy at the last
+            replayed = replay(model, branches._replace(states=branches.states[:, :steps]), chosen)
+            stored = branches.candidates[:, :steps, chosen]
             assert torch.allclose(replayed, stored, atol=0.05 if bf16 else 1e-5)
     optimizer = torch.optim.AdamW(adapter.parameters(), 1e-3)
-    row = update(model, adapter, branches, chosen, advantages, methods(model, tiny_settings())["on-policy"], optimizer, 2)
+    method = tiny_method("on-policy", anchors=anchors)
+    row = update(model, adapter, branches, rewards, method, optimizer, 2, seeded(1))
     assert row["ratio_first"] == 1 and row["clip_fraction"] > 0 and row["skipped"] == 0
 
 
-@pytest.mark.parametrize("method", arcopo.METHODS)
+@pytest.mark.parametrize("method", [*arcopo.METHODS, "sde-grpo"])
 def test_every_method_changes_only_the_adapter(method):
     model = tiny()
     before = {name: t.clone() for name, t in model.state_dict().items()}
@@ -442,12 +502,12 @@ def test_every_method_changes_only_the_adapter(method):
 
 def test_the_buffer_comes_from_the_reference():
     """An entry is the fork of the base itself, with the reward of its clips."""
-    model, settings = tiny(), tiny_settings()
-    method = methods(model, settings)["semi"]
-    pivot, branches, scores = explore(model, brightness, 2, 4, method.radii, seeded(0, arcopo.BUFFER, 0))
+    model, method = tiny(), tiny_method("semi")
+    generator = seeded(0, arcopo.BUFFER, 0)
+    pivot, branches, scores = explore(model, method, TRAIN_PROMPTS, brightness, 2, generator)
     groups = tiny_buffer(model, size=2)[pivot]
     assert torch.equal(groups["kv"], branches.context.kv) and torch.equal(groups["reward"], scores["reward"])
-    for name in ("base", "states", "candidates"):
+    for name in ("states", "candidates"):
         assert torch.allclose(groups[name].float(), getattr(branches, name), rtol=2e-3, atol=1e-5)             # half precision
     assert torch.equal(groups["states"][:, 0].half(), branches.states[:, 0].half())
 
@@ -475,11 +535,11 @@ def test_drawing_gives_entries_of_one_chunk_as_they_are():
     assert sum(len(groups["reward"]) for groups in buffer.values()) == 12
     for i in range(40):
         pivot, branches, scores = draw_from(buffer, 3, seeded(i))
-        assert 1 <= len(branches.base) <= 3 and branches.context.kv.shape[4] == pivot * model.tokens
-        for n in range(len(branches.base)):
+        assert 1 <= len(branches.states) <= 3 and branches.context.kv.shape[4] == pivot * model.tokens
+        for n in range(len(branches.states)):
             row = [torch.equal(r, scores["reward"][n]) for r in buffer[pivot]["reward"]].index(True)
             seen.add((pivot, row))
-            assert all(torch.equal(getattr(branches, name)[n], buffer[pivot][name][row].float()) for name in ("base", "states", "candidates"))
+            assert all(torch.equal(getattr(branches, name)[n], buffer[pivot][name][row].float()) for name in ("states", "candidates"))
             assert torch.equal(branches.context.kv[n], buffer[pivot]["kv"][row])
     assert len(seen) == 12                                     # every entry is drawn sooner or later
 
@@ -493,8 +553,8 @@ def test_with_the_adapter_at_zero_the_ratio_of_semi_is_one_and_then_moves_away()
 
 def test_semi_and_off_policy_differ_by_the_clip_alone():
     model = tiny()
-    on, semi, off, sde = methods(model, tiny_settings()).values()
-    assert off == semi._replace(clip=math.inf) and semi == on._replace(buffered=True) and sde.clip == on.clip
+    on, semi, off = methods(tiny_settings()).values()
+    assert off == replace(semi, clip_range=math.inf) and semi == replace(on, buffered=True)
     adapters = {}
     for method, clip in (("off-policy", 1e-2), ("semi", math.inf), ("semi", 1e-2)):
         adapter = adapters[method, clip] = Adapter.new(model, 4, 4.0, seeded(0))
@@ -589,11 +649,10 @@ def test_a_few_iterations_raise_a_simple_reward(flow):
 def test_cuda_agrees_with_the_cpu(bf16):
     model = tiny(bf16=bf16)
     on_cpu = forked(model, 1)[1]
-    assert arcopo.choose_precision("auto", "cuda") == "bf16"
     assert torch.allclose(forked(model.cuda(), 1)[1].cpu(), on_cpu, atol=0.05 if bf16 else 1e-3)
-    for method in arcopo.METHODS:
+    for method in [*arcopo.METHODS, "sde-grpo"]:
         row = trainer(model, nonzero(Adapter.new(model, 4, 4.0, seeded(0))), method=method, buffer=tiny_buffer(model))(0)
-        assert row["skipped"] == 0 and (row["ratio_first"] == 1 or methods(model, tiny_settings())[method].buffered)
+        assert row["skipped"] == 0 and (row["ratio_first"] == 1 or tiny_method(method).buffered)
 
 
 # ------------------------------------------------------------------ the script
@@ -610,7 +669,7 @@ def tiny_base(tmp_path_factory):
 
 
 TINY = ["--group", 3, "--anchors", 2, "--prompts", 2, "--rank", 2, "--alpha", 2, "--judge-samples", 2, "--judge-every", 2, "--buffer-groups", 3]
-LEFT = {"settings.json", "judged.csv", "models.gif", "models.png"}
+LEFT = {"settings.json", "judged.csv", "models.gif", "report.md"}
 
 
 def test_script_runs_the_recipe_leaves_what_it_promises_and_samples_from_it(tmp_path, tiny_base):
@@ -630,15 +689,19 @@ def test_script_runs_the_recipe_leaves_what_it_promises_and_samples_from_it(tmp_
     assert ("semi *" if s is None else f"s = {s:g} *") in done.stdout and "both reward and judge over the base" in done.stdout
     model = arcopo.load_generator(tiny_base, bf16=False)
     reference = sample_batches(model, TRAIN_PROMPTS, seeded(0, arcopo.CALIBRATION))
-    text = WeightedReward(ClipReward(str(ASSETS / "clip"), "cpu"), {"ta": 1.0}, reference, TRAIN_PROMPTS)
-    pivot, _, scores = explore(model, text, 2, 3, (0.25, 0, 0, 0), seeded(0, arcopo.BUFFER, 0))
+    scorer = ClipReward(str(ASSETS / "clip"), "cpu")
+    text = WeightedReward(scorer, {"ta": 1.0}, reference, TRAIN_PROMPTS)
+    method = tiny_method("semi", group=3)
+    method.sigma, generator = 0.25, seeded(0, arcopo.BUFFER, 0)
+    pivot, _, scores = explore(model, method, TRAIN_PROMPTS, text, 2, generator)
     assert torch.allclose(load_file(folder / "buffer.safetensors")[f"{pivot}.reward"][:2], scores["reward"], atol=1e-4)     # TA alone
     on, semi, merged = (Adapter.load(folder / f"{name}.safetensors", model) for name in ("on-policy", "semi", "merged"))
     for name, (A, B) in merge_adapters((semi, 1.0), (on, s or 0.0)).weights.items():
         assert torch.allclose(B @ A, merged.weights[name][1] @ merged.weights[name][0], atol=1e-7)
     assert json.loads((folder / "settings.json").read_text())["group"] == 3
-    assert iio.imread(folder / "models.gif").shape[0] == 12 and iio.imread(folder / "models.png").ndim == 3
-    assert all(word in done.stdout for word in ("base", "on-policy", "change", "▁"))
+    assert iio.imread(folder / "models.gif").shape[0] == 12
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    assert report in done.stdout and all(word in report for word in ("| base", "Δ reward", "prompts"))
     assert script("--sample", PROMPTS[0], "--base", tiny_base, "--adapter", folder / "merged.safetensors", "--out", "c.gif", cwd=tmp_path).returncode == 0
     assert iio.imread(tmp_path / "c.gif").shape[0] == 12
     again = script("--method", "semi", "--steps", 1, "--base", tiny_base, "--out", "again", "--buffer", folder / "buffer.safetensors", *TINY, cwd=tmp_path)
@@ -648,11 +711,24 @@ def test_script_runs_the_recipe_leaves_what_it_promises_and_samples_from_it(tmp_
 
 @pytest.mark.parametrize("method", ["on-policy", "off-policy", "sde-grpo"])
 def test_each_method_runs_alone(method, tmp_path, tiny_base, capsys):
-    arguments = ["--method", method, "--steps", 1, "--base", tiny_base, "--out", tmp_path / "run", *TINY]
-    assert arcopo.main([str(a) for a in arguments]) == 0
+    arguments = ["--steps", 1, "--base", tiny_base, "--out", tmp_path / "run", *TINY]   # not strings
+    if method == "sde-grpo":
+        assert sde_grpo.main(arguments) == 0
+    else:
+        assert arcopo.main(["--method", method, *arguments]) == 0
     left = {f.name for f in (tmp_path / "run").iterdir()} - {"buffer.safetensors"}
     assert left == LEFT | {f"{method}.csv", f"{method}-curve.csv", f"{method}.safetensors"}
-    assert [row["model"] for row in csv.DictReader(open(tmp_path / "run" / "judged.csv"))] == ["base", method]
+    rows = csv.DictReader(open(tmp_path / "run" / "judged.csv"))
+    assert [row["model"] for row in rows] == ["base", method]
+
+
+def test_a_run_that_is_not_finite_says_so(tmp_path, tiny_base, capsys, monkeypatch):
+    plain = WeightedReward.__call__
+    monkeypatch.setattr(WeightedReward, "__call__", lambda self, clips, prompts: {
+        name: value * math.nan for name, value in plain(self, clips, prompts).items()})
+    arguments = ["--method", "on-policy", "--steps", 1, "--base", tiny_base]
+    assert arcopo.main([*arguments, "--out", tmp_path / "run", *TINY]) == 1
+    assert "2 updates were skipped" in capsys.readouterr().err
 
 
 def test_a_flow_model_trains_by_the_same_command(tmp_path, capsys):
@@ -660,51 +736,70 @@ def test_a_flow_model_trains_by_the_same_command(tmp_path, capsys):
     arguments = ["--steps", 1, "--base", tmp_path / "teacher.safetensors", "--out", tmp_path / "run", *TINY]
     assert arcopo.main([str(a) for a in arguments]) == 0
     assert (tmp_path / "run" / "merged.safetensors").is_file()
-    assert arcopo.main([str(a) for a in arguments[:5] + [tmp_path / "no", "--method", "sde-grpo"]]) == 2
-    assert "no noise" in capsys.readouterr().err
+    assert sde_grpo.main([*arguments[:5], tmp_path / "no"]) == 2
+    assert "no noise" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("flow", [False, True])
-def test_the_entropy_study_sees_a_change_just_where_something_is_redrawn(flow, tmp_path, capsys):
+def test_the_entropy_study_measures_a_change_only_where_noise_is_redrawn(flow, tmp_path, capsys):
     save_generator(tiny(flow=flow), tmp_path / "base.safetensors")
-    assert arcopo.main(["--study", "entropy", "--base", str(tmp_path / "base.safetensors"), "--out", str(tmp_path / "run")]) == 0
+    assert entropy.main(["--base", tmp_path / "base.safetensors", "--out", tmp_path / "run"]) == 0
     rows = list(csv.DictReader(open(tmp_path / "run" / "entropy.csv")))
     assert len(rows) == (2 if flow else 5) * CHUNKS
-    for row in rows:
-        assert all((float(row[column]) == 0) == (row["source"] == "nothing") for column in ("pivot_chunk", "from_pivot_on", "reward"))
-    assert iio.imread(tmp_path / "run" / "entropy.png").ndim == 3
+    for row in rows:                                           # rows of a batch may round differently
+        for column in ("pivot_chunk", "from_pivot_on", "reward"):
+            assert (float(row[column]) < 1e-4) == (row["source"] == "nothing"), row
 
 
 def test_the_cost_study_counts_every_part(tmp_path, tiny_base, capsys):
-    assert arcopo.main(["--study", "cost", "--base", str(tiny_base), "--out", str(tmp_path / "run"), *map(str, TINY[:10])]) == 0
+    assert cost.main(["--base", tiny_base, "--out", tmp_path / "run", *TINY[:10]]) == 0
     rows = list(csv.DictReader(open(tmp_path / "run" / "cost.csv")))
     assert len(rows) == 3 and all(float(value) > 0 for row in rows for value in row.values())
     assert "sequence-level" in capsys.readouterr().out
 
 
+def test_studies_run_as_modules(tmp_path, tiny_base):
+    for name, more in (("entropy", ["--base", tiny_base, "--out", tmp_path / "entropy"]),
+                       ("train_clip", ["--steps", 1, "--out", tmp_path / "clip"])):
+        command = [sys.executable, "-m", f"studies.{name}", *map(str, more)]
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_imports_go_one_way():
+    """studies, examples -> arcopo -> reward; the code of the method does not name the studies."""
+    for name, banned in (("arcopo.py", "studies|examples|test_arcopo"),
+                         ("reward.py", "studies|examples|arcopo|test_arcopo")):
+        lines = [line for line in (HERE / name).read_text().splitlines()
+                 if re.match(r"\s*(import|from)\s", line)]
+        assert len(lines) > 5 and not [line for line in lines if re.search(rf"\b({banned})\b", line)]
+
+
 def test_pretraining_resumes_to_the_same_weights(tmp_path, monkeypatch):
     """Killed in the middle of either stage, the second run ends where an unbroken one does, to the bit."""
-    few = dict(pretrain=True, teacher_steps=4, student_steps=4, batch=2, width=16, layers=1, heads=1, device="cpu", precision="fp32")
-    monkeypatch.setattr(arcopo, "SAVE_EVERY", 2)
-    arcopo.pretrain(Settings(out=str(tmp_path / "whole"), **few))
-    plain, calls = arcopo.pretrain_loss, []
+    few = ["--teacher-steps", 4, "--student-steps", 4, "--batch", 2, "--width", 16, "--layers", 1,
+           "--heads", 1, "--device", "cpu"]
+    run = lambda out, *more: pretrain.pretrain(pretrain.parse(["--out", tmp_path / out, *few, *more]))
+    monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
+    run("whole")
+    plain, calls = pretrain.pretrain_loss, []
 
     def dies(*arguments):
         calls.append(1)
         if len(calls) in (4, 10):
             raise KeyboardInterrupt
         return plain(*arguments)
-    monkeypatch.setattr(arcopo, "pretrain_loss", dies)
+    monkeypatch.setattr(pretrain, "pretrain_loss", dies)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            arcopo.pretrain(Settings(out=str(tmp_path / "broken"), **few))
-    arcopo.pretrain(Settings(out=str(tmp_path / "broken"), **few))
-    assert len(calls) == 8 + 2 + 2                             # the two that died, and the one before each that was not saved
+            run("broken")
+    run("broken")
+    assert len(calls) == 8 + 2 + 2                             # two died, two were not yet saved
     for name in ("teacher", "base"):
-        a, b = (load_file(tmp_path / run / f"{name}.safetensors") for run in ("whole", "broken"))
+        a, b = (load_file(tmp_path / out / f"{name}.safetensors") for out in ("whole", "broken"))
         assert all(torch.equal(a[k], b[k]) for k in a)
     with pytest.raises(UserError, match="other settings"):
-        arcopo.pretrain(Settings(out=str(tmp_path / "broken"), **few | {"batch": 3}))
+        run("broken", "--batch", 3)
 
 
 def broken_files(folder: Path, tiny_base: Path) -> dict[str, Path]:
@@ -733,24 +828,23 @@ BAD = [
     (["--bogus", "3"], "--bogus"),
     (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"), (["--lr", "x"], "--lr"), (["--seed", "-1"], "--seed"), (["--anchors", "0"], "--anchors"),
     (["--group", "1"], "--group"), (["--group", "3"], "--anchors"), (["--sigma", "0"], "(0, 1]"), (["--sigma", "1.1"], "(0, 1]"),
-    (["--steps", "0"], "--steps"), (["--steps", "-5"], "--steps"), (["--quasi-norm", "3"], "--quasi-norm"), (["--width", "100"], "--heads"),
+    (["--steps", "0"], "--steps"), (["--steps", "-5"], "--steps"), (["--quasi-norm", "3"], "--quasi-norm"),
     (["--precision", "fp8"], "bf16"), (["--device", "tpu9"], "--device"), (["--device", "meta"], "--device"), (["--reward-weights", "ta=1,zz=2"], "ta=1"), (["--reward-weights", "ta=-1"], "ta=1"),
     (["--adapter", "{missing}"], "--sample"),
     (["--base", "{missing}"], "no such file"), (["--base", "{truncated}"], "safetensors"), (["--base", "{other}"], "not a generator"), (["--base", "{misshapen}"], "head.bias"),
     (["--base", "{timeless}"], "timesteps"), (["--base", "{infinite}"], "not finite"), (["--rank", "99999999"], "--rank"),
-    (["--pretrain", "--out", "."], "not empty"),
     (["--sample", PROMPTS[0], "--adapter", "{missing}"], "no such file"), (["--sample", PROMPTS[0], "--adapter", "{truncated}"], "safetensors"),
     (["--sample", PROMPTS[0], "--adapter", "{other}"], "not an adapter"), (["--sample", PROMPTS[0], "--adapter", "{misfit}"], "head"),
     (["--sample", PROMPTS[0], "--adapter", "{timed}", "--timesteps", "1,0.4"], "other times"),
     (["--sample", PROMPTS[0], "--adapter", "{foreign}"], "other weights"), (["--buffer-weights", "tb=1"], "--buffer-weights"),
-    (["--sample", ""], "--sample"), (["--sample", PROMPTS[0], "--pretrain"], "one of them"),
-    (["--method", "grpo"], "on-policy"), (["--study", "noise"], "entropy"), (["--study", "cost", "--method", "semi"], "one of them"), (["--sweep", "0.4;1"], "--sweep"),
+    (["--sample", ""], "--sample"), (["--sample", PROMPTS[0], "--method", "semi"], "one of them"),
+    (["--method", "grpo"], "on-policy"), (["--sweep", "0.4;1"], "--sweep"),
     (["--sweep", "0"], "--sweep"), (["--clip-range", "0"], "--clip-range"), (["--clip-range", "nan"], "--clip-range"), (["--timesteps", "1,x"], "--timesteps"),
     (["--timesteps", "1,0.5,0.6"], "--timesteps"), (["--timesteps", "0.9,0.5"], "--timesteps"), (["--buffer", "{missing}"], "no such file"),
-    (["--buffer", "{other}"], "not a buffer"), (["--buffer", "{tensorless}"], "not a buffer"), (["--buffer", "{missing}", "--study", "cost"], "nothing draws"),
-    (["--timesteps", "1,nan"], "--timesteps"), (["--pretrain", "--timesteps", "1"], "--timesteps"), (["--method", "sde-grpo", "--timesteps", "1"], "no noise"), (["--buffer", "{missing}", "--method", "sde-grpo"], "nothing draws"), (["--buffer-groups", "0"], "--buffer-groups"),
+    (["--buffer", "{other}"], "not a buffer"), (["--buffer", "{tensorless}"], "not a buffer"),
+    (["--timesteps", "1,nan"], "--timesteps"), (["--buffer", "{missing}", "--method", "on-policy"], "not used"), (["--buffer-groups", "0"], "--buffer-groups"),
     (["--out", "{afile}/run"], "is a file"), (["--sample", PROMPTS[0], "--out", "{afile}/c.gif"], "is a file"), (["--out", "."], "not empty"),
-    (["--out", "{afile}"], "is a file"), (["--sample", PROMPTS[0], "--out", "clip.mp4"], ".gif"), (["--pretrain", "--out", "{afile}"], "is a file"),
+    (["--out", "{afile}"], "is a file"), (["--sample", PROMPTS[0], "--out", "clip.mp4"], ".gif"),
     (["--clip", "{missing}"], "open_clip"), (["--clip", "NoSuch:tag"], "NoSuch"), (["--clip", "ViT-B-32:nosuchtag"], "laion2b"), (["--clip", "ViT-B-32:{afile}.pt"], "neither"),
     (["--clip", "ViT-B-32:{other}"], "cannot load"), (["--clip", "{other}"], "open_clip_config.json"),
 ]
@@ -772,23 +866,25 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(arguments, says, 
 
 @pytest.mark.parametrize("arguments, says", [(["--steps", "0"], "--steps"), (["--bogus"], "--bogus"), (["--seed", "-1"], "--seed"),
                                              (["--out", "{afile}"], "is a file"), (["--out", ""], "empty")])
-def test_bad_input_of_reward(arguments, says, tmp_path, tiny_base, capsys):
+def test_bad_input_of_the_studies(arguments, says, tmp_path, tiny_base, capsys):
     files = broken_files(tmp_path, tiny_base)
-    assert reward.main([a.format(**files) for a in arguments]) == 2
-    out, error = capsys.readouterr()
-    assert error.count("\n") == 1 and error.startswith("reward: ") and says in error and not out
+    for study in (train_clip, pretrain, entropy, sde_grpo):
+        more = [a.replace("--steps", "--teacher-steps") if study is pretrain else a for a in arguments]
+        assert study.main([a.format(**files) for a in more]) == 2
+        out, error = capsys.readouterr()
+        assert error.count("\n") == 1 and error.startswith(study.__name__.split(".")[-1] + ": ")
+        assert says in error.replace("--teacher-steps", "--steps") and not out
 
 
 def test_an_output_without_greek_letters_stops_nothing(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    with pytest.raises(SystemExit, match="0"):
-        arcopo.main(["--help"])
+    assert arcopo.main(["--help"]) == 0
     sys.stdout.flush()
     assert b"--sigma" in sys.stdout.buffer.getvalue()
 
 
 def test_retraining_the_clip_writes_what_open_clip_loads(tmp_path):
-    assert reward.main(["--steps", "2", "--out", str(tmp_path / "clip")]) == 0
+    assert train_clip.main(["--steps", 2, "--out", tmp_path / "clip"]) == 0
     assert ClipReward(str(tmp_path / "clip"))(make_clips(PROMPTS, seeded(0)), PROMPTS)["ta"].shape == (3,)
 
 
@@ -803,9 +899,40 @@ def test_weights_never_load_through_pickle(tmp_path, tiny_base):
 
 # ------------------------------------------------------------------ README and help
 
-def test_precision_is_a_choice_and_auto_names_one():
-    assert arcopo.choose_precision("auto", "cpu") in ("bf16", "fp32")
-    assert [arcopo.choose_precision(name, "cpu") for name in ("bf16", "fp32")] == ["bf16", "fp32"]
+def test_figures_draws_every_plot_from_the_shipped_csvs(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from studies import figures
+    assert figures.main(["--out", tmp_path]) == 0
+    shown = set()
+    for file in (HERE / "README.md", HERE / "studies" / "EVIDENCE.md"):
+        shown |= {Path(link).name for link in re.findall(r"!\[[^]]*\]\(([^)]+)\)", file.read_text())}
+    drawn = {file.name for file in tmp_path.iterdir()}
+    assert shown - drawn == {"models.gif"} and drawn <= shown         # the GIF is arcopo.py's
+    assert {f.name for f in (HERE / "assets").glob("*.png")} == drawn
+
+
+def test_claims_resumes(tmp_path, monkeypatch, tiny_base):
+    """A run whose rows are in the CSVs is not run again; an interrupted one leaves none."""
+    from studies import claims
+    ours = [("C3", "recipe", "python arcopo.py --method on-policy --seed S --steps 1")]
+    monkeypatch.setattr(claims, "RUNS", ours)
+    extra = " ".join(map(str, ["--base", tiny_base, *TINY]))
+    arguments = ["C3", "--seeds", 1, "--out", tmp_path / "out", "--extra", extra]
+    assert claims.main(arguments) == 0
+    rows = claims.read(tmp_path / "out" / "results.csv")
+    assert [(row["run"], row["model"], row["seed"]) for row in rows] == [
+        ("recipe", "base", "0"), ("recipe", "on-policy", "0")]
+    assert [row["step"] for row in claims.read(tmp_path / "out" / "curves.csv")] == ["0", "1"]
+    monkeypatch.setattr(claims, "execute", None)                      # would fail if it were called
+    assert claims.main(arguments) == 0
+    assert claims.main(["C9"]) == 2
+
+
+def test_the_shipped_evidence_is_what_claims_writes():
+    """Each run of claims.py is in the CSVs, with five seeds."""
+    from studies import claims
+    for _, run, line in claims.RUNS:
+        assert all(claims.done(claims.HERE, run, line, seed) for seed in range(5)), line
 
 
 def test_readme_names_what_exists():
@@ -817,7 +944,13 @@ def test_readme_names_what_exists():
     for name in names:
         attrgetter(name)(arcopo)
     headings = {"#" + title.lower().replace(" ", "-") for title in re.findall(r"^#+ (.+)$", readme, re.MULTILINE)}
-    assert all(link in headings or (HERE / link).exists() for link in re.findall(r"\]\((?!http)([^)]+)\)", readme))
+    evidence = (HERE / "studies" / "EVIDENCE.md").read_text()
+    sections = set(re.findall(r"^## (C\d)$", evidence, re.MULTILINE))
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", readme):
+        file, _, section = link.partition("#")
+        assert link in headings or (HERE / file).exists() and section.upper() in ("", *sections), link
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", evidence):
+        assert (HERE / "studies" / link).exists(), link
     known = {"--" + name.replace("_", "-") for name in Settings.__dataclass_fields__} | {"--help"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) <= known
 
