@@ -1,4 +1,4 @@
-"""pytest: tests by equivalence, on the CPU, without network; tests that need a GPU skip themselves."""
+"""pytest: tests by equivalence; no network, no GPU (tests that need one skip themselves)."""
 
 import csv
 import io
@@ -19,13 +19,47 @@ from torch import nn
 
 import arcopo
 import reward
-from arcopo import (Adapter, Context, Fork, Generator, Settings, choose_strength, clipped_objective,
-                    collect_buffer, contrastive_log_policies, denoise, draw_from, draw_noise,
-                    explore, fork, group_advantages, iterate, load_buffer, merge_adapters, methods,
-                    neighbor_noise, replay, sample, sample_batches, save_buffer, seeded,
-                    surrogate_log_policy, update)
-from reward import (ASSETS, CHUNKS, HELD_OUT_PROMPTS, QUALITIES, TRAIN_PROMPTS, ClipReward,
-                    UserError, WeightedReward, judge, make_clips)
+from arcopo import (
+    Adapter,
+    Context,
+    Fork,
+    Generator,
+    Settings,
+    choose_strength,
+    clipped_objective,
+    collect_buffer,
+    contrastive_log_policies,
+    denoise,
+    draw_from,
+    draw_noise,
+    explore,
+    fork,
+    group_advantages,
+    iterate,
+    load_buffer,
+    merge_adapters,
+    methods,
+    neighbor_noise,
+    replay,
+    sample,
+    sample_batches,
+    save_buffer,
+    seeded,
+    surrogate_log_policy,
+    update,
+)
+from reward import (
+    ASSETS,
+    CHUNKS,
+    HELD_OUT_PROMPTS,
+    QUALITIES,
+    TRAIN_PROMPTS,
+    ClipReward,
+    UserError,
+    WeightedReward,
+    judge,
+    make_clips,
+)
 from studies import cost, entropy, pretrain, sde_grpo, train_clip
 from studies.pretrain import encode, save_generator
 from studies.sde_grpo import gaussian_log_density
@@ -36,9 +70,11 @@ PROMPTS = TRAIN_PROMPTS[:3]
 
 def tiny(seed: int = 0, bf16: bool = False, flow: bool = False) -> Generator:
     torch.manual_seed(seed)
-    model = Generator(width=32, layers=2, heads=2, timesteps=(1.0, 0.6, 0.33, 0.14), flow=flow, bf16=bf16).requires_grad_(False)
+    model = Generator(
+        width=32, layers=2, heads=2, timesteps=(1.0, 0.6, 0.33, 0.14), flow=flow, bf16=bf16
+    ).requires_grad_(False)
     nn.init.normal_(model.head.weight, std=0.1)
-    nn.init.normal_(model.patch.weight, std=0.2)               # so that the noise, not only the prompt, decides
+    nn.init.normal_(model.patch.weight, std=0.2)  # so that the noise, not only the prompt, decides
     return model
 
 
@@ -48,11 +84,18 @@ def nonzero(adapter: Adapter, seed: int = 1) -> Adapter:
     return adapter
 
 
-def forked(model: Generator, pivot: int, sigma: float = 0.5, group: int = 4, seed: int = 0,
-           method: str = "on-policy"):
+def forked(
+    model: Generator,
+    pivot: int,
+    sigma: float = 0.5,
+    group: int = 4,
+    seed: int = 0,
+    method: str = "on-policy",
+):
     noise = draw_noise(model, len(PROMPTS), seeded(seed))
-    own = tiny_method(method, group=group, sigma=max(sigma, 1e-30)).branch_noise(noise, pivot,
-                                                                                 seeded(seed, 1))
+    own = tiny_method(method, group=group, sigma=max(sigma, 1e-30)).branch_noise(
+        noise, pivot, seeded(seed, 1)
+    )
     return fork(model, PROMPTS, pivot, noise, *own)
 
 
@@ -68,11 +111,18 @@ def tiny_method(name: str, **changes):
 
 # ------------------------------------------------------------------ world, judge, reward
 
+
 def test_split_is_fixed_and_disjoint():
-    assert len(TRAIN_PROMPTS) == 96 and len(HELD_OUT_PROMPTS) == 24 and not set(TRAIN_PROMPTS) & set(HELD_OUT_PROMPTS)
+    assert (
+        len(TRAIN_PROMPTS) == 96
+        and len(HELD_OUT_PROMPTS) == 24
+        and not set(TRAIN_PROMPTS) & set(HELD_OUT_PROMPTS)
+    )
     for words in (reward.COLOURS, reward.SHAPES, reward.MOTIONS):
         for word in words:
-            assert any(word in p for p in TRAIN_PROMPTS) and any(word in p for p in HELD_OUT_PROMPTS)
+            assert any(word in p for p in TRAIN_PROMPTS) and any(
+                word in p for p in HELD_OUT_PROMPTS
+            )
 
 
 def test_judge_is_near_perfect_on_the_sharp_world():
@@ -91,12 +141,19 @@ def test_judge_is_low_on_the_wrong_prompt():
         assert scores[name].mean() < 0.02
 
 
-@pytest.mark.parametrize("quality, visual, motion", [("blurry", 0.8, 1), ("noisy", 0.3, 0.7), ("dim", 0.55, 1), ("flickering", 0.7, 0.55)])
+@pytest.mark.parametrize(
+    "quality, visual, motion",
+    [("blurry", 0.8, 1), ("noisy", 0.3, 0.7), ("dim", 0.55, 1), ("flickering", 0.7, 0.55)],
+)
 def test_judge_is_low_on_degraded_clips(quality, visual, motion):
-    """Blurred, noisy and dim clips look bad, noisy and flickering ones move badly; what they show stays right."""
+    """Blur, noise and dimming lower visual; noise and flicker lower motion; text stays right."""
     scores = judge(make_clips(TRAIN_PROMPTS, seeded(0), quality), TRAIN_PROMPTS)
     sharp = judge(make_clips(TRAIN_PROMPTS, seeded(0), "sharp"), TRAIN_PROMPTS)
-    assert scores["visual"].mean() < visual and scores["motion_quality"].mean() < motion and scores["text"].mean() > 0.95
+    assert (
+        scores["visual"].mean() < visual
+        and scores["motion_quality"].mean() < motion
+        and scores["text"].mean() > 0.95
+    )
     assert (scores["visual"] < sharp["visual"] - 0.1).all()
 
 
@@ -123,23 +180,33 @@ def clip():
 
 def test_clip_reward_prefers_the_right_prompt_the_sharp_and_the_steady(clip):
     sharp = make_clips(TRAIN_PROMPTS, seeded(0), "sharp")
-    wrong = [reward.prompt_of((c + 1) % 6, (s + 1) % 4, m) for c, s, m in reward.attributes(TRAIN_PROMPTS).tolist()]
+    wrong = [
+        reward.prompt_of((c + 1) % 6, (s + 1) % 4, m)
+        for c, s, m in reward.attributes(TRAIN_PROMPTS).tolist()
+    ]
     best = clip(sharp, TRAIN_PROMPTS)
     assert (best["ta"] > clip(sharp, wrong)["ta"]).float().mean() > 0.99
     for quality in list(QUALITIES)[1:]:
-        assert (best["vq"] > clip(make_clips(TRAIN_PROMPTS, seeded(0), quality), TRAIN_PROMPTS)["vq"]).float().mean() > 0.95
+        assert (
+            best["vq"] > clip(make_clips(TRAIN_PROMPTS, seeded(0), quality), TRAIN_PROMPTS)["vq"]
+        ).float().mean() > 0.95
     flickering = clip(make_clips(TRAIN_PROMPTS, seeded(0), "flickering"), TRAIN_PROMPTS)
     assert (best["mq"] > flickering["mq"]).float().mean() > 0.95
 
 
 def test_clip_reward_is_open_clips_own_model(clip):
     import open_clip
+
     folder = HERE / "assets" / "clip"
     model = open_clip.create_model(f"local-dir:{folder}").eval()
     frames = make_clips(PROMPTS, seeded(0))[:, 0]
-    mean, std = (torch.tensor(v)[:, None, None] for v in (model.visual.image_mean, model.visual.image_std))
+    mean, std = (
+        torch.tensor(v)[:, None, None] for v in (model.visual.image_mean, model.visual.image_std)
+    )
     with torch.no_grad():
-        assert torch.allclose(model.encode_image((frames - mean) / std, normalize=True), clip.frame_features(frames))
+        assert torch.allclose(
+            model.encode_image((frames - mean) / std, normalize=True), clip.frame_features(frames)
+        )
     for name in (str(folder), str(folder / "open_clip_model.safetensors")):
         assert torch.equal(ClipReward(name).text_features(PROMPTS), clip.text_features(PROMPTS))
 
@@ -147,24 +214,38 @@ def test_clip_reward_is_open_clips_own_model(clip):
 def test_clip_reward_loads_any_architecture_with_local_weights(tmp_path):
     """ARCH:FILE, as for a downloaded ViT; the frames are resized to what the model wants."""
     import open_clip
-    config = train_clip.CLIP_CONFIG["model_cfg"] | {"vision_cfg": {"image_size": 48, "layers": 1, "width": 64, "patch_size": 16}}
+
+    config = train_clip.CLIP_CONFIG["model_cfg"] | {
+        "vision_cfg": {"image_size": 48, "layers": 1, "width": 64, "patch_size": 16}
+    }
     (tmp_path / "tiny-vit.json").write_text(json.dumps(config))
     open_clip.add_model_config(tmp_path / "tiny-vit.json")
     model = open_clip.create_model("tiny-vit")
     save_file(model.state_dict(), tmp_path / "w.safetensors")
-    scores = ClipReward(f"tiny-vit:{tmp_path / 'w.safetensors'}")(make_clips(PROMPTS, seeded(0)), PROMPTS)
-    assert set(scores) == {"ta", "vq", "mq"} and all(v.shape == (3,) and v.isfinite().all() for v in scores.values())
+    scores = ClipReward(f"tiny-vit:{tmp_path / 'w.safetensors'}")(
+        make_clips(PROMPTS, seeded(0)), PROMPTS
+    )
+    assert set(scores) == {"ta", "vq", "mq"} and all(
+        v.shape == (3,) and v.isfinite().all() for v in scores.values()
+    )
 
 
 def test_weighted_reward_puts_the_components_on_one_scale():
-    parts = lambda clips, prompts: {"ta": clips[:, 0], "vq": 1000 * clips[:, 1], "mq": clips[:, 2] / 1000}
+    parts = lambda clips, prompts: {
+        "ta": clips[:, 0],
+        "vq": 1000 * clips[:, 1],
+        "mq": clips[:, 2] / 1000,
+    }
     clips = torch.randn(500, 3, generator=seeded(0))
     weighted = reward.WeightedReward(parts, {"ta": 2.0, "vq": 1.0}, clips, [""] * 500)
     z = (clips - clips.mean(0)) / clips.std(0)
-    assert torch.allclose(weighted(clips, [""] * 500)["reward"], (2 * z[:, 0] + z[:, 1]) / 3, atol=1e-4)
+    assert torch.allclose(
+        weighted(clips, [""] * 500)["reward"], (2 * z[:, 0] + z[:, 1]) / 3, atol=1e-4
+    )
 
 
 # ------------------------------------------------------------------ model, sampler, fork
+
 
 def one_pass(model: Generator, x, t, prompts) -> tuple[torch.Tensor, torch.Tensor]:
     """Without a cache: all chunks x [N, L, ...] at times t [N, L] in one pass with the block-causal
@@ -174,7 +255,7 @@ def one_pass(model: Generator, x, t, prompts) -> tuple[torch.Tensor, torch.Tenso
     words = model.begin(prompts).words
     frequency = 1e4 ** (-torch.arange(128) / 128)
     angle = 1000 * t[..., None] * frequency
-    condition = model.time(torch.cat([angle.cos(), angle.sin()], -1)) + words[:, None]         # [N, L, W]
+    condition = model.time(torch.cat([angle.cos(), angle.sin()], -1)) + words[:, None]  # [N, L, W]
     modulation = model.modulation(condition).view(N, L, 1, 6, W)
     y = x.view(N, L, F, C, side, arcopo.PATCH, side, arcopo.PATCH)
     y = torch.einsum("nlfcapbq->nlfabcpq", y).reshape(N, L, K, -1)
@@ -206,21 +287,24 @@ def test_cached_prediction_equals_one_pass_with_the_block_causal_mask():
         assert torch.allclose(model.predict(clean[:, p], 0.0, context), full[:, p], atol=1e-5)
         before = context.kv.clone()
         longer = model.extend(context, clean[:, p])
-        assert torch.equal(context.kv, before)                 # a value: extend changes a copy
+        assert torch.equal(context.kv, before)  # a value: extend changes a copy
         context = longer
     assert torch.allclose(context.kv, kv, atol=1e-5)
 
 
 def test_prediction_at_a_time_sees_its_own_past_alone():
-    """predict_all (pre-training) = one pass over the clean past and one noisy chunk; rows are apart."""
+    """predict_all (pre-training) = one pass over clean past and a noisy chunk, row by row."""
     model, clean = tiny(), encode(make_clips(PROMPTS, seeded(0)))
-    t, noisy = torch.rand(3, CHUNKS, generator=seeded(1)), torch.randn(clean.shape, generator=seeded(2))
+    t, noisy = (
+        torch.rand(3, CHUNKS, generator=seeded(1)),
+        torch.randn(clean.shape, generator=seeded(2)),
+    )
     forced = pretrain.predict_all(model, noisy, t, pretrain.contexts(model, clean, PROMPTS))
     for p in range(CHUNKS):
         x = torch.cat([clean[:, :p], noisy[:, p : p + 1]], 1)
         times = torch.cat([torch.zeros(3, p), t[:, p : p + 1]], 1)
         assert torch.allclose(one_pass(model, x, times, PROMPTS)[0][:, p], forced[:, p], atol=1e-5)
-    clean[1], clean[:, 2] = 0, 0                               # another row; a later chunk
+    clean[1], clean[:, 2] = 0, 0  # another row; a later chunk
     other = pretrain.predict_all(model, noisy, t, pretrain.contexts(model, clean, PROMPTS))
     assert torch.allclose(forced[::2, :3], other[::2, :3], atol=1e-6)
     assert not torch.allclose(forced[:, 3], other[:, 3], atol=1e-3)
@@ -231,12 +315,17 @@ def test_prediction_at_a_time_sees_its_own_past_alone():
 def test_fork(pivot, flow, bf16):
     model = tiny(bf16=bf16, flow=flow)
     branches, clips = forked(model, pivot)
-    chunks = clips.unflatten(2, (CHUNKS, -1))                                                   # [P, G, L, ...]
+    chunks = clips.unflatten(2, (CHUNKS, -1))  # [P, G, L, ...]
     assert torch.equal(chunks[:, :, :pivot], chunks[:, :1, :pivot].expand_as(chunks[:, :, :pivot]))
     assert (chunks[:, 1:, pivot] != chunks[:, :1, pivot]).any()
-    assert torch.allclose(model.decode(branches.candidates[:, -1].flatten(0, 1)[:, None]).unflatten(0, (3, 4)), chunks[:, :, pivot])
+    assert torch.allclose(
+        model.decode(branches.candidates[:, -1].flatten(0, 1)[:, None]).unflatten(0, (3, 4)),
+        chunks[:, :, pivot],
+    )
     again, same = forked(model, pivot)
-    assert torch.equal(same, clips) and all(torch.equal(x, y) for x, y in zip(again[1:], branches[1:]))     # same seed, same rollout
+    assert torch.equal(same, clips) and all(
+        torch.equal(x, y) for x, y in zip(again[1:], branches[1:])
+    )  # same seed, same rollout
     assert not torch.equal(forked(model, pivot, seed=5)[1], clips)
 
 
@@ -245,13 +334,15 @@ def test_fork(pivot, flow, bf16):
 def test_fork_without_radius_is_plain_sampling(pivot, flow):
     """sigma -> 0 recovers the sampler: every branch is the clip of the base noise."""
     model = tiny(flow=flow)
-    clips = sample(model, PROMPTS, draw_noise(model, 3, seeded(0)))[:, None].expand(-1, 4, -1, -1, -1, -1)
+    clips = sample(model, PROMPTS, draw_noise(model, 3, seeded(0)))[:, None].expand(
+        -1, 4, -1, -1, -1, -1
+    )
     assert torch.allclose(forked(model, pivot, 0)[1], clips, atol=1e-5)
     assert torch.allclose(forked(model, pivot, 1e-7)[1], clips, atol=1e-4)
 
 
 def test_nothing_but_the_pivots_initial_noise_differs():
-    """Each branch is what plain sampling gives from the shared noise with that one tensor exchanged."""
+    """Each branch is a plain sample of the shared noise with that one tensor replaced."""
     model, pivot, group = tiny(), 1, 4
     noise = draw_noise(model, 3, seeded(0))
     neighbours = neighbor_noise(noise.initial[:, pivot], 0.5, group, seeded(0, 1))
@@ -259,7 +350,9 @@ def test_nothing_but_the_pivots_initial_noise_differs():
     for i in range(group):
         initial = noise.initial.clone()
         initial[:, pivot] = neighbours[i]
-        assert torch.allclose(sample(model, PROMPTS, noise._replace(initial=initial)), clips[:, i], atol=1e-5)
+        assert torch.allclose(
+            sample(model, PROMPTS, noise._replace(initial=initial)), clips[:, i], atol=1e-5
+        )
 
 
 def test_sde_branches_differ_in_the_pivots_solver_noise_alone():
@@ -282,9 +375,11 @@ def test_sde_branches_differ_in_the_pivots_solver_noise_alone():
 
 def test_sampler_re_noises_as_self_forcing():
     """With a model that predicts c, every state but the first is (1 - t) c + t noise."""
+
     class Constant:
         timesteps, flow = (1.0, 0.5, 0.25), False
         predict = staticmethod(lambda x, t, context: torch.full_like(x, 3.0))
+
     initial, solver = torch.randn(2, 5), torch.randn(2, 2, 5)
     states, predictions = denoise(Constant, None, initial, solver)
     assert torch.equal(states[:, 0], initial) and (predictions == 3).all()
@@ -293,14 +388,22 @@ def test_sampler_re_noises_as_self_forcing():
 
 
 def test_the_flow_sampler_solves_its_ode():
-    """For data that are one Gaussian the flow's ODE has a closed form: dx/dt = v, x_1 = ε -> x_0 = m + s ε; Euler comes near it."""
+    """For Gaussian data the ODE has a closed form, x_0 = m + s x_1; Euler is close to it."""
     m, s = 2.0, 0.5
-    class Gaussian:                                            # E[x0 | x_t] with x_t = (1 - t) x0 + t ε, x0 ~ N(m, s²)
+
+    class Gaussian:  # E[x0 | x_t] with x_t = (1 - t) x0 + t ε, x0 ~ N(m, s²)
         timesteps, flow = tuple(torch.linspace(1, 0.001, 1000).tolist()), True
-        predict = staticmethod(lambda x, t, context: m + (1 - t) * s**2 / ((1 - t) ** 2 * s**2 + t**2) * (x - (1 - t) * m))
+        predict = staticmethod(
+            lambda x, t, context: (
+                m + (1 - t) * s**2 / ((1 - t) ** 2 * s**2 + t**2) * (x - (1 - t) * m)
+            )
+        )
+
     initial = torch.randn(2, 5, generator=seeded(0))
     states, outputs = denoise(Gaussian, None, initial, initial[:, None][:, :0])
-    assert torch.allclose(outputs[:, -1], m + s * initial, atol=0.01) and torch.equal(states[:, 1:], outputs[:, :-1])
+    assert torch.allclose(outputs[:, -1], m + s * initial, atol=0.01) and torch.equal(
+        states[:, 1:], outputs[:, :-1]
+    )
 
 
 def test_the_shipped_base_is_good_imperfect_and_every_pivot_matters(clip):
@@ -310,18 +413,27 @@ def test_the_shipped_base_is_good_imperfect_and_every_pivot_matters(clip):
     assert 0.6 < scores["all_right"].mean() < 1 and 0.4 < scores["visual"].mean() < 0.8
     scorer = reward.WeightedReward(clip, {"ta": 1.0, "vq": 1.0, "mq": 1.0}, clips, HELD_OUT_PROMPTS)
     for pivot in range(CHUNKS):
-        rewards = scorer(forked(model, pivot, group=6)[1].flatten(0, 1), [p for p in PROMPTS for _ in range(6)])["reward"].view(-1, 6)
-        assert rewards.std(1, correction=0).mean() > 0.03      # a world whose first chunk decides all gives less than 0.02
+        rewards = scorer(
+            forked(model, pivot, group=6)[1].flatten(0, 1), [p for p in PROMPTS for _ in range(6)]
+        )["reward"].view(-1, 6)
+        assert (
+            rewards.std(1, correction=0).mean() > 0.03
+        )  # a world whose first chunk decides all gives less than 0.02
 
 
 # ------------------------------------------------------------------ objective
+
 
 def test_neighbor_noise():
     base = torch.randn(20000, generator=seeded(0))
     for sigma in (0.1, 0.5, 1.0):
         noise = neighbor_noise(base, sigma, 3, seeded(1))
         assert noise.shape == (3, 20000) and (noise.std(1) - 1).abs().max() < 0.03
-        assert torch.allclose((noise * base).mean(1) / base.square().mean(), torch.tensor((1 - sigma**2) ** 0.5).expand(3), atol=0.03)
+        assert torch.allclose(
+            (noise * base).mean(1) / base.square().mean(),
+            torch.tensor((1 - sigma**2) ** 0.5).expand(3),
+            atol=0.03,
+        )
     assert torch.equal(neighbor_noise(base, 0.0, 2), base.expand(2, -1))
     with pytest.raises(ValueError):
         neighbor_noise(base, 1.5, 2)
@@ -330,15 +442,26 @@ def test_neighbor_noise():
 def test_group_advantages():
     rewards = 5 + torch.randn(7, 12, generator=seeded(0))
     A = group_advantages(rewards)
-    assert torch.allclose(A.mean(1), torch.zeros(7), atol=1e-6) and torch.allclose(A.std(1, correction=0), torch.ones(7), atol=1e-5)
+    assert torch.allclose(A.mean(1), torch.zeros(7), atol=1e-6) and torch.allclose(
+        A.std(1, correction=0), torch.ones(7), atol=1e-5
+    )
     for p in (0.8, 2.0):
-        assert torch.allclose(group_advantages(rewards, p), A / A.abs().pow(p).sum(1, keepdim=True).pow(1 / p), atol=1e-6)
+        assert torch.allclose(
+            group_advantages(rewards, p),
+            A / A.abs().pow(p).sum(1, keepdim=True).pow(1 / p),
+            atol=1e-6,
+        )
     assert torch.allclose(group_advantages(rewards, 2.0), A / 12**0.5, atol=1e-6)
-    for value in (0.1, 1000.1):                                # exactly zero, though the mean of 0.1 is not 0.1 in float32
-        assert (group_advantages(torch.full((12,), value)) == 0).all() and (group_advantages(torch.full((12,), value), 0.8) == 0).all()
+    for value in (0.1, 1000.1):  # exactly zero, though the mean of 0.1 is not 0.1 in float32
+        assert (group_advantages(torch.full((12,), value)) == 0).all() and (
+            group_advantages(torch.full((12,), value), 0.8) == 0
+        ).all()
     nearly = 0.001 * rewards
     for p in (None, 0.8):
-        assert group_advantages(nearly, p, floor=0.1).abs().max() < 0.05 * group_advantages(rewards, p).abs().max()
+        assert (
+            group_advantages(nearly, p, floor=0.1).abs().max()
+            < 0.05 * group_advantages(rewards, p).abs().max()
+        )
 
 
 def objective(anchor, candidates, advantages, tau, old, clip):
@@ -347,7 +470,7 @@ def objective(anchor, candidates, advantages, tau, old, clip):
 
 @pytest.mark.parametrize("own", [True, False])
 def test_gradient_at_theta_old_is_the_closed_form(own):
-    """∂J/∂x^(θ) = 2/(Gτ) Σ A⁽ⁱ⁾ x⁽ⁱ⁾, whether or not the anchor is one of the candidates, and with or without the clip."""
+    """∂J/∂x^(θ) = 2/(Gτ) Σ A⁽ⁱ⁾ x⁽ⁱ⁾, for any anchor, with or without the clip."""
     G, tau, g = 12, 7.0, seeded(0)
     candidates = torch.randn(G, 60, generator=g, dtype=torch.double)
     anchor = candidates[2].clone() if own else torch.randn(60, generator=g, dtype=torch.double)
@@ -356,22 +479,29 @@ def test_gradient_at_theta_old_is_the_closed_form(own):
     old = surrogate_log_policy(candidates, anchor, tau).detach()
     expected = 2 / (G * tau) * torch.einsum("g,gd->d", A, candidates)
     for clip in (1e-4, math.inf):
-        gradient, = torch.autograd.grad(objective(anchor, candidates, A, tau, old, clip), anchor)
+        (gradient,) = torch.autograd.grad(objective(anchor, candidates, A, tau, old, clip), anchor)
         assert torch.allclose(gradient, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("clip", [math.inf, 0.05, 10.0])
 def test_gradient_elsewhere_agrees_with_finite_differences(clip):
     G, tau, g = 6, 3.0, seeded(0)
-    candidates, A = torch.randn(G, 4, generator=g, dtype=torch.double), group_advantages(torch.randn(G, generator=g, dtype=torch.double))
+    candidates, A = (
+        torch.randn(G, 4, generator=g, dtype=torch.double),
+        group_advantages(torch.randn(G, generator=g, dtype=torch.double)),
+    )
     anchor = torch.randn(4, generator=g, dtype=torch.double, requires_grad=True)
-    old = surrogate_log_policy(candidates, anchor + 0.2 * torch.randn(4, generator=g, dtype=torch.double), tau).detach()
+    old = surrogate_log_policy(
+        candidates, anchor + 0.2 * torch.randn(4, generator=g, dtype=torch.double), tau
+    ).detach()
     assert torch.autograd.gradcheck(lambda x: objective(x, candidates, A, tau, old, clip), anchor)
 
 
 def test_clip_stops_the_gradient_only_where_it_was_already_won():
     log_ratio = torch.tensor([0.2, -0.2, 0.2, -0.2], requires_grad=True)
-    advantages = torch.tensor([1.0, -1.0, -1.0, 1.0])          # outside and favourable twice, outside and unfavourable twice
+    advantages = torch.tensor(
+        [1.0, -1.0, -1.0, 1.0]
+    )  # outside and favourable twice, outside and unfavourable twice
     clipped_objective(log_ratio, advantages, 0.1).backward()
     assert torch.equal(log_ratio.grad == 0, torch.tensor([True, True, False, False]))
     log_ratio.grad = None
@@ -383,7 +513,9 @@ def test_a_wide_clip_is_no_clip_and_eq_3_holds():
     g = seeded(0)
     log_ratio, A = 0.3 * torch.randn(12, generator=g), torch.randn(12, generator=g)
     assert clipped_objective(log_ratio, A, 100.0) == clipped_objective(log_ratio, A, math.inf)
-    terms = [min(r * a, min(max(r, 0.9), 1.1) * a) for r, a in zip(log_ratio.exp().tolist(), A.tolist())]
+    terms = [
+        min(r * a, min(max(r, 0.9), 1.1) * a) for r, a in zip(log_ratio.exp().tolist(), A.tolist())
+    ]
     assert clipped_objective(log_ratio, A, 0.1).item() == pytest.approx(sum(terms) / 12, rel=1e-5)
 
 
@@ -396,7 +528,7 @@ def test_a_small_step_moves_the_anchor_toward_the_advantage_weighted_sum():
     step, weighted = 0.01 * anchor.grad, A @ candidates
     assert torch.cosine_similarity(step, weighted, dim=0) > 0.9999
     moved = surrogate_log_policy(candidates, (anchor + step).detach(), 100.0) - old
-    assert (moved * A).sum() > 0                               # probability goes to where the advantage is
+    assert (moved * A).sum() > 0  # probability goes to where the advantage is
 
 
 def test_log_policies_are_the_plain_function_for_each_step_prompt_and_anchor():
@@ -413,23 +545,31 @@ def test_log_policies_are_the_plain_function_for_each_step_prompt_and_anchor():
 def test_gaussian_log_density_is_that_of_torch_distributions():
     x, mean = torch.randn(2, 3, 4, generator=seeded(0), dtype=torch.double)
     for std in (0.3, torch.tensor([0.1, 0.5, 1.0, 2.0], dtype=torch.double)):
-        assert torch.allclose(gaussian_log_density(x, mean, std), torch.distributions.Normal(mean, std).log_prob(x), rtol=1e-6)
+        assert torch.allclose(
+            gaussian_log_density(x, mean, std),
+            torch.distributions.Normal(mean, std).log_prob(x),
+            rtol=1e-6,
+        )
 
 
 def test_sde_log_policies_are_those_of_each_re_noising():
-    """Under the policy that rolled out, each transition's noise is the solver noise: log N(noise; 0, 1) - log s, and no other step counts."""
+    """Under the rollout's policy: the log-density of each re-noised state, for T - 1 steps."""
     model = tiny()
     branches = forked(model, 1, method="sde-grpo")[0]
     log_policies = tiny_method("sde-grpo").log_policies(model, branches, torch.tensor([0]))
     assert log_policies.shape == (3, 3, 1, 4)
     for i, s in enumerate(model.timesteps[1:]):
         mean = (1 - s) * branches.candidates[:, i]
-        expected = torch.distributions.Normal(mean, s).log_prob(branches.states[:, i + 1]).mean((2, 3, 4, 5))
+        expected = (
+            torch.distributions.Normal(mean, s)
+            .log_prob(branches.states[:, i + 1])
+            .mean((2, 3, 4, 5))
+        )
         assert torch.allclose(log_policies[:, i, 0], expected, atol=1e-4)
 
 
 def test_the_flow_anchor_is_an_euler_step_of_the_current_policy():
-    """Eq. 2 for FM: x_s^(θ) = x_t - (t - s) v with v = (x_t - x̂₀) / t; at s = 0 the finished chunk."""
+    """Eq. 2 for FM: x_s^(θ) = x_t - (t - s) v, v = (x_t - x̂₀) / t; the finished chunk at s = 0."""
     model = tiny(flow=True)
     branches = forked(model, 1)[0]
     with nonzero(Adapter.new(model, 4, 4.0, seeded(0))).on(model):
@@ -443,12 +583,20 @@ def test_the_flow_anchor_is_an_euler_step_of_the_current_policy():
 
 # ------------------------------------------------------------------ adapter, update and methods
 
+
 def brightness(clips, prompts):
     return {"reward": clips.mean((1, 2, 3, 4))}
 
 
-def trainer(model: Generator, adapter: Adapter, lr: float = 1e-2, method: str = "on-policy",
-            reward=brightness, buffer=None, **changes):
+def trainer(
+    model: Generator,
+    adapter: Adapter,
+    lr: float = 1e-2,
+    method: str = "on-policy",
+    reward=brightness,
+    buffer=None,
+    **changes,
+):
     """step -> the row of iterate."""
     method, optimizer = tiny_method(method, **changes), torch.optim.AdamW(adapter.parameters(), lr)
 
@@ -456,6 +604,7 @@ def trainer(model: Generator, adapter: Adapter, lr: float = 1e-2, method: str = 
         if method.buffered:
             return draw_from(buffer, method.prompts, generator)
         return explore(model, method, TRAIN_PROMPTS, reward, method.prompts, generator)
+
     return lambda step: iterate(model, adapter, optimizer, method, groups, seeded(0, step))
 
 
@@ -471,7 +620,7 @@ def test_replay_is_the_rollout_and_the_first_ratio_is_exactly_one(flow, bf16, an
     chosen, rewards = torch.arange(anchors), torch.randn(3, 4, generator=seeded(0))
     with adapter.on(model):
         branches = forked(model, 1)[0]
-        for steps in (4, 3):                                   # SDE-GRPO has no policy at the last
+        for steps in (4, 3):  # SDE-GRPO has no policy at the last
             replayed = replay(model, branches._replace(states=branches.states[:, :steps]), chosen)
             stored = branches.candidates[:, :steps, chosen]
             assert torch.allclose(replayed, stored, atol=0.05 if bf16 else 1e-5)
@@ -490,7 +639,7 @@ def test_every_method_changes_only_the_adapter(method):
     noise = draw_noise(model, 3, seeded(0))
     clips = sample(model, PROMPTS, noise)
     with adapter.on(model):
-        assert torch.equal(sample(model, PROMPTS, noise), clips)                                # B = 0: the base itself
+        assert torch.equal(sample(model, PROMPTS, noise), clips)  # B = 0: the base itself
     row = trainer(model, adapter, method=method, buffer=tiny_buffer(model))(0)
     with adapter.on(model):
         assert not torch.equal(sample(model, PROMPTS, noise), clips)
@@ -506,49 +655,74 @@ def test_the_buffer_comes_from_the_reference():
     generator = seeded(0, arcopo.BUFFER, 0)
     pivot, branches, scores = explore(model, method, TRAIN_PROMPTS, brightness, 2, generator)
     groups = tiny_buffer(model, size=2)[pivot]
-    assert torch.equal(groups["kv"], branches.context.kv) and torch.equal(groups["reward"], scores["reward"])
+    assert torch.equal(groups["kv"], branches.context.kv) and torch.equal(
+        groups["reward"], scores["reward"]
+    )
     for name in ("states", "candidates"):
-        assert torch.allclose(groups[name].float(), getattr(branches, name), rtol=2e-3, atol=1e-5)             # half precision
+        assert torch.allclose(
+            groups[name].float(), getattr(branches, name), rtol=2e-3, atol=1e-5
+        )  # half precision
     assert torch.equal(groups["states"][:, 0].half(), branches.states[:, 0].half())
 
 
 def test_the_buffer_never_changes(tmp_path):
     model, about = tiny(), {"base": "x", "group": 4}
     buffer = tiny_buffer(model)
-    before = {pivot: {name: x.clone() for name, x in groups.items()} for pivot, groups in buffer.items()}
+    before = {
+        pivot: {name: x.clone() for name, x in groups.items()} for pivot, groups in buffer.items()
+    }
     versions = [x._version for groups in buffer.values() for x in groups.values()]
     save_buffer(buffer, tmp_path / "buffer.safetensors", about)
     step = trainer(model, Adapter.new(model, 4, 4.0, seeded(0)), method="off-policy", buffer=buffer)
     for i in range(8):
         step(i)
-    assert versions == [x._version for groups in buffer.values() for x in groups.values()]      # torch counts every write in place
+    assert versions == [
+        x._version for groups in buffer.values() for x in groups.values()
+    ]  # torch counts every write in place
     for other in (buffer, load_buffer(tmp_path / "buffer.safetensors", about, model)):
         assert other.keys() == before.keys()
-        assert all(torch.equal(x, before[pivot][name]) for pivot, groups in other.items() for name, x in groups.items())
+        assert all(
+            torch.equal(x, before[pivot][name])
+            for pivot, groups in other.items()
+            for name, x in groups.items()
+        )
     with pytest.raises(UserError, match="made with base x, not y"):
         load_buffer(tmp_path / "buffer.safetensors", about | {"base": "y"}, model)
 
 
-def test_drawing_gives_entries_of_one_chunk_as_they_are():
+def test_draws_return_unchanged_entries_of_one_pivot():
     model, seen = tiny(), set()
     buffer = tiny_buffer(model, 12)
     assert sum(len(groups["reward"]) for groups in buffer.values()) == 12
     for i in range(40):
         pivot, branches, scores = draw_from(buffer, 3, seeded(i))
-        assert 1 <= len(branches.states) <= 3 and branches.context.kv.shape[4] == pivot * model.tokens
+        assert (
+            1 <= len(branches.states) <= 3 and branches.context.kv.shape[4] == pivot * model.tokens
+        )
         for n in range(len(branches.states)):
             row = [torch.equal(r, scores["reward"][n]) for r in buffer[pivot]["reward"]].index(True)
             seen.add((pivot, row))
-            assert all(torch.equal(getattr(branches, name)[n], buffer[pivot][name][row].float()) for name in ("states", "candidates"))
+            assert all(
+                torch.equal(getattr(branches, name)[n], buffer[pivot][name][row].float())
+                for name in ("states", "candidates")
+            )
             assert torch.equal(branches.context.kv[n], buffer[pivot]["kv"][row])
-    assert len(seen) == 12                                     # every entry is drawn sooner or later
+    assert len(seen) == 12  # every entry is drawn sooner or later
 
 
 def test_with_the_adapter_at_zero_the_ratio_of_semi_is_one_and_then_moves_away():
     model = tiny()
-    step = trainer(model, Adapter.new(model, 4, 4.0, seeded(0)), method="semi", buffer=tiny_buffer(model), updates=1)
+    step = trainer(
+        model,
+        Adapter.new(model, 4, 4.0, seeded(0)),
+        method="semi",
+        buffer=tiny_buffer(model),
+        updates=1,
+    )
     rows = [step(i) for i in range(3)]
-    assert rows[0]["ratio_first"] == 1 and rows[2]["ratio_first"] != 1                          # against π_ref, not against itself
+    assert (
+        rows[0]["ratio_first"] == 1 and rows[2]["ratio_first"] != 1
+    )  # against π_ref, not against itself
 
 
 def test_semi_and_off_policy_differ_by_the_clip_alone():
@@ -562,32 +736,48 @@ def test_semi_and_off_policy_differ_by_the_clip_alone():
         for i in range(3):
             step(i)
     off, unclipped, semi = (adapter.parameters() for adapter in adapters.values())
-    assert all(torch.equal(a, b) for a, b in zip(off, unclipped)) and not all(torch.equal(a, b) for a, b in zip(off, semi))
+    assert all(torch.equal(a, b) for a, b in zip(off, unclipped)) and not all(
+        torch.equal(a, b) for a, b in zip(off, semi)
+    )
 
 
 def test_the_clip_keeps_semi_near_the_reference():
-    """Same draws: without the clip the policy runs away from the reference, with it the ratio stays near 1."""
+    """With the clip the ratio to the reference stays near 1; without it, it does not."""
     model, buffer, ratios = tiny(), tiny_buffer(tiny()), {}
     for method in ("semi", "off-policy"):
-        step = trainer(model, Adapter.new(model, 4, 4.0, seeded(0)), 3e-3, method, buffer=buffer, clip_range=1e-4)
+        step = trainer(
+            model,
+            Adapter.new(model, 4, 4.0, seeded(0)),
+            3e-3,
+            method,
+            buffer=buffer,
+            clip_range=1e-4,
+        )
         ratios[method] = [abs(step(i)["ratio_first"] - 1) for i in range(15)][-5:]
     assert sum(ratios["semi"]) < sum(ratios["off-policy"]) / 3
 
 
 def test_the_rule_that_chooses_s():
     nan, base = math.nan, (0.0, 0.5)
-    assert choose_strength({0.4: (0.1, 0.6), 0.8: (0.2, 0.51), 1.0: (0.9, 0.49)}, base) == 0.8                  # 1.0 is reward hacking
-    assert choose_strength({1.0: (0.9, 0.9), 0.4: (0.1, 0.6)}, base) == 1.0                                     # whatever the order
-    assert choose_strength({0.4: (-0.1, 0.9), 0.8: (0.2, 0.4)}, base) is None                                   # none improves both
+    assert (
+        choose_strength({0.4: (0.1, 0.6), 0.8: (0.2, 0.51), 1.0: (0.9, 0.49)}, base) == 0.8
+    )  # 1.0 is reward hacking
+    assert choose_strength({1.0: (0.9, 0.9), 0.4: (0.1, 0.6)}, base) == 1.0  # whatever the order
+    assert choose_strength({0.4: (-0.1, 0.9), 0.8: (0.2, 0.4)}, base) is None  # none improves both
     assert choose_strength({}, base) is None
-    assert choose_strength({0.4: (0.1, 0.6), 0.8: (0.0, 0.6), 1.0: (0.1, 0.5)}, base) == 0.4                    # a tie is no gain
+    assert (
+        choose_strength({0.4: (0.1, 0.6), 0.8: (0.0, 0.6), 1.0: (0.1, 0.5)}, base) == 0.4
+    )  # a tie is no gain
     assert choose_strength({0.4: (0.1, 0.6), 0.8: (nan, 0.6), 1.0: (0.1, nan)}, base) == 0.4
     assert choose_strength({0.4: (0.1, 0.6)}, (nan, 0.5)) is None
 
 
 def test_merging_two_adapters_equals_applying_both(tmp_path):
     model, noise = tiny(), draw_noise(tiny(), 3, seeded(0))
-    a, b = nonzero(Adapter.new(model, 4, 8.0, seeded(1)), 1), nonzero(Adapter.new(model, 2, 1.0, seeded(2)), 2)
+    a, b = (
+        nonzero(Adapter.new(model, 4, 8.0, seeded(1)), 1),
+        nonzero(Adapter.new(model, 2, 1.0, seeded(2)), 2),
+    )
     with a.on(model), b.on(model, 0.6):
         both = sample(model, PROMPTS, noise)
     merge_adapters((a, 1.0), (b, 0.6)).save(tmp_path / "merged.safetensors", model)
@@ -615,9 +805,13 @@ def test_a_non_finite_reward_skips_the_update(bad):
     model = tiny()
     adapter = nonzero(Adapter.new(model, 4, 4.0, seeded(0)))
     before = [p.detach().clone() for p in adapter.parameters()]
-    broken = lambda clips, prompts: {"reward": torch.full((len(clips),), bad).index_fill(0, torch.tensor([1]), 0.0)}
+    broken = lambda clips, prompts: {
+        "reward": torch.full((len(clips),), bad).index_fill(0, torch.tensor([1]), 0.0)
+    }
     row = trainer(model, adapter, reward=broken)(0)
-    assert row["skipped"] == 2 and all(torch.equal(a, b) for a, b in zip(before, adapter.parameters()))
+    assert row["skipped"] == 2 and all(
+        torch.equal(a, b) for a, b in zip(before, adapter.parameters())
+    )
 
 
 def test_a_non_finite_gradient_skips_the_update():
@@ -626,7 +820,9 @@ def test_a_non_finite_gradient_skips_the_update():
     before = [p.detach().clone() for p in adapter.parameters()]
     adapter.parameters()[0].register_hook(lambda grad: grad * float("inf"))
     row = trainer(model, adapter)(0)
-    assert row["skipped"] == 2 and all(torch.equal(a, b) for a, b in zip(before, adapter.parameters()))
+    assert row["skipped"] == 2 and all(
+        torch.equal(a, b) for a, b in zip(before, adapter.parameters())
+    )
 
 
 @pytest.mark.parametrize("flow", [False, True])
@@ -651,14 +847,25 @@ def test_cuda_agrees_with_the_cpu(bf16):
     on_cpu = forked(model, 1)[1]
     assert torch.allclose(forked(model.cuda(), 1)[1].cpu(), on_cpu, atol=0.05 if bf16 else 1e-3)
     for method in [*arcopo.METHODS, "sde-grpo"]:
-        row = trainer(model, nonzero(Adapter.new(model, 4, 4.0, seeded(0))), method=method, buffer=tiny_buffer(model))(0)
+        row = trainer(
+            model,
+            nonzero(Adapter.new(model, 4, 4.0, seeded(0))),
+            method=method,
+            buffer=tiny_buffer(model),
+        )(0)
         assert row["skipped"] == 0 and (row["ratio_first"] == 1 or tiny_method(method).buffered)
 
 
 # ------------------------------------------------------------------ the script
 
+
 def script(*arguments, cwd):
-    return subprocess.run([sys.executable, HERE / "arcopo.py", *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, HERE / "arcopo.py", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -668,25 +875,90 @@ def tiny_base(tmp_path_factory):
     return file
 
 
-TINY = ["--group", 3, "--anchors", 2, "--prompts", 2, "--rank", 2, "--alpha", 2, "--judge-samples", 2, "--judge-every", 2, "--buffer-groups", 3]
+TINY = [
+    "--group",
+    3,
+    "--anchors",
+    2,
+    "--prompts",
+    2,
+    "--rank",
+    2,
+    "--alpha",
+    2,
+    "--judge-samples",
+    2,
+    "--judge-every",
+    2,
+    "--buffer-groups",
+    3,
+]
 LEFT = {"settings.json", "judged.csv", "models.gif", "report.md"}
 
 
-def test_script_runs_the_recipe_leaves_what_it_promises_and_samples_from_it(tmp_path, tiny_base):
-    done = script("--steps", 3, "--base", tiny_base, "--out", "run", "--precision", "fp32", *TINY, cwd=tmp_path)
+def test_script_runs_the_recipe_and_samples_from_its_adapter(tmp_path, tiny_base):
+    done = script(
+        "--steps",
+        3,
+        "--base",
+        tiny_base,
+        "--out",
+        "run",
+        "--precision",
+        "fp32",
+        *TINY,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "run"
-    trained = {f"{name}{end}" for name in ("on-policy", "semi") for end in (".csv", "-curve.csv", ".safetensors")}
-    assert {f.name for f in folder.iterdir()} == LEFT | trained | {"buffer.safetensors", "merged.safetensors"}
+    trained = {
+        f"{name}{end}"
+        for name in ("on-policy", "semi")
+        for end in (".csv", "-curve.csv", ".safetensors")
+    }
+    assert {f.name for f in folder.iterdir()} == LEFT | trained | {
+        "buffer.safetensors",
+        "merged.safetensors",
+    }
     rows = list(csv.DictReader(open(folder / "on-policy.csv")))
     assert len(rows) == 3 and all(float(row["ratio_first"]) == 1 for row in rows)
-    assert {"step", "pivot", "reward", "ta", "vq", "mq", "ratio_first", "clip_fraction", "flat_groups", "grad_norm", "seconds"} <= set(rows[0])
-    assert [row["step"] for row in csv.DictReader(open(folder / "semi-curve.csv"))] == ["0", "2", "3"]
+    assert {
+        "step",
+        "pivot",
+        "reward",
+        "ta",
+        "vq",
+        "mq",
+        "ratio_first",
+        "clip_fraction",
+        "flat_groups",
+        "grad_norm",
+        "seconds",
+    } <= set(rows[0])
+    assert [row["step"] for row in csv.DictReader(open(folder / "semi-curve.csv"))] == [
+        "0",
+        "2",
+        "3",
+    ]
     judged = list(csv.DictReader(open(folder / "judged.csv")))
-    assert [row["model"] for row in judged] == ["base", "semi", "s = 0.4", "s = 0.6", "s = 0.8", "s = 1", "on-policy"]
-    pairs = {float(row["model"][4:]): (float(row["reward"]), float(row["judge"])) for row in judged if row["model"].startswith("s =")}
+    assert [row["model"] for row in judged] == [
+        "base",
+        "semi",
+        "s = 0.4",
+        "s = 0.6",
+        "s = 0.8",
+        "s = 1",
+        "on-policy",
+    ]
+    pairs = {
+        float(row["model"][4:]): (float(row["reward"]), float(row["judge"]))
+        for row in judged
+        if row["model"].startswith("s =")
+    }
     s = choose_strength(pairs, (float(judged[0]["reward"]), float(judged[0]["judge"])))
-    assert ("semi *" if s is None else f"s = {s:g} *") in done.stdout and "both reward and judge over the base" in done.stdout
+    assert (
+        "semi *" if s is None else f"s = {s:g} *"
+    ) in done.stdout and "both reward and judge over the base" in done.stdout
     model = arcopo.load_generator(tiny_base, bf16=False)
     reference = sample_batches(model, TRAIN_PROMPTS, seeded(0, arcopo.CALIBRATION))
     scorer = ClipReward(str(ASSETS / "clip"), "cpu")
@@ -694,24 +966,60 @@ def test_script_runs_the_recipe_leaves_what_it_promises_and_samples_from_it(tmp_
     method = tiny_method("semi", group=3)
     method.sigma, generator = 0.25, seeded(0, arcopo.BUFFER, 0)
     pivot, _, scores = explore(model, method, TRAIN_PROMPTS, text, 2, generator)
-    assert torch.allclose(load_file(folder / "buffer.safetensors")[f"{pivot}.reward"][:2], scores["reward"], atol=1e-4)     # TA alone
-    on, semi, merged = (Adapter.load(folder / f"{name}.safetensors", model) for name in ("on-policy", "semi", "merged"))
+    assert torch.allclose(
+        load_file(folder / "buffer.safetensors")[f"{pivot}.reward"][:2], scores["reward"], atol=1e-4
+    )  # TA alone
+    on, semi, merged = (
+        Adapter.load(folder / f"{name}.safetensors", model)
+        for name in ("on-policy", "semi", "merged")
+    )
     for name, (A, B) in merge_adapters((semi, 1.0), (on, s or 0.0)).weights.items():
         assert torch.allclose(B @ A, merged.weights[name][1] @ merged.weights[name][0], atol=1e-7)
     assert json.loads((folder / "settings.json").read_text())["group"] == 3
     assert iio.imread(folder / "models.gif").shape[0] == 12
     report = (folder / "report.md").read_text(encoding="utf-8")
-    assert report in done.stdout and all(word in report for word in ("| base", "Δ reward", "prompts"))
-    assert script("--sample", PROMPTS[0], "--base", tiny_base, "--adapter", folder / "merged.safetensors", "--out", "c.gif", cwd=tmp_path).returncode == 0
+    assert report in done.stdout and all(
+        word in report for word in ("| base", "Δ reward", "prompts")
+    )
+    assert (
+        script(
+            "--sample",
+            PROMPTS[0],
+            "--base",
+            tiny_base,
+            "--adapter",
+            folder / "merged.safetensors",
+            "--out",
+            "c.gif",
+            cwd=tmp_path,
+        ).returncode
+        == 0
+    )
     assert iio.imread(tmp_path / "c.gif").shape[0] == 12
-    again = script("--method", "semi", "--steps", 1, "--base", tiny_base, "--out", "again", "--buffer", folder / "buffer.safetensors", *TINY, cwd=tmp_path)
+    again = script(
+        "--method",
+        "semi",
+        "--steps",
+        1,
+        "--base",
+        tiny_base,
+        "--out",
+        "again",
+        "--buffer",
+        folder / "buffer.safetensors",
+        *TINY,
+        cwd=tmp_path,
+    )
     assert again.returncode == 0, again.stderr
-    assert not (tmp_path / "again" / "buffer.safetensors").exists() and (tmp_path / "again" / "semi.safetensors").exists()
+    assert (
+        not (tmp_path / "again" / "buffer.safetensors").exists()
+        and (tmp_path / "again" / "semi.safetensors").exists()
+    )
 
 
 @pytest.mark.parametrize("method", ["on-policy", "off-policy", "sde-grpo"])
 def test_each_method_runs_alone(method, tmp_path, tiny_base, capsys):
-    arguments = ["--steps", 1, "--base", tiny_base, "--out", tmp_path / "run", *TINY]   # not strings
+    arguments = ["--steps", 1, "--base", tiny_base, "--out", tmp_path / "run", *TINY]  # not strings
     if method == "sde-grpo":
         assert sde_grpo.main(arguments) == 0
     else:
@@ -724,8 +1032,13 @@ def test_each_method_runs_alone(method, tmp_path, tiny_base, capsys):
 
 def test_a_run_that_is_not_finite_says_so(tmp_path, tiny_base, capsys, monkeypatch):
     plain = WeightedReward.__call__
-    monkeypatch.setattr(WeightedReward, "__call__", lambda self, clips, prompts: {
-        name: value * math.nan for name, value in plain(self, clips, prompts).items()})
+    monkeypatch.setattr(
+        WeightedReward,
+        "__call__",
+        lambda self, clips, prompts: {
+            name: value * math.nan for name, value in plain(self, clips, prompts).items()
+        },
+    )
     arguments = ["--method", "on-policy", "--steps", 1, "--base", tiny_base]
     assert arcopo.main([*arguments, "--out", tmp_path / "run", *TINY]) == 1
     assert "2 updates were skipped" in capsys.readouterr().err
@@ -733,7 +1046,15 @@ def test_a_run_that_is_not_finite_says_so(tmp_path, tiny_base, capsys, monkeypat
 
 def test_a_flow_model_trains_by_the_same_command(tmp_path, capsys):
     save_generator(tiny(flow=True), tmp_path / "teacher.safetensors")
-    arguments = ["--steps", 1, "--base", tmp_path / "teacher.safetensors", "--out", tmp_path / "run", *TINY]
+    arguments = [
+        "--steps",
+        1,
+        "--base",
+        tmp_path / "teacher.safetensors",
+        "--out",
+        tmp_path / "run",
+        *TINY,
+    ]
     assert arcopo.main([str(a) for a in arguments]) == 0
     assert (tmp_path / "run" / "merged.safetensors").is_file()
     assert sde_grpo.main([*arguments[:5], tmp_path / "no"]) == 2
@@ -746,7 +1067,7 @@ def test_the_entropy_study_measures_a_change_only_where_noise_is_redrawn(flow, t
     assert entropy.main(["--base", tmp_path / "base.safetensors", "--out", tmp_path / "run"]) == 0
     rows = list(csv.DictReader(open(tmp_path / "run" / "entropy.csv")))
     assert len(rows) == (2 if flow else 5) * CHUNKS
-    for row in rows:                                           # rows of a batch may round differently
+    for row in rows:  # rows of a batch may round differently
         for column in ("pivot_chunk", "from_pivot_on", "reward"):
             assert (float(row[column]) < 1e-4) == (row["source"] == "nothing"), row
 
@@ -759,27 +1080,58 @@ def test_the_cost_study_counts_every_part(tmp_path, tiny_base, capsys):
 
 
 def test_studies_run_as_modules(tmp_path, tiny_base):
-    for name, more in (("entropy", ["--base", tiny_base, "--out", tmp_path / "entropy"]),
-                       ("train_clip", ["--steps", 1, "--out", tmp_path / "clip"])):
+    for name, more in (
+        ("entropy", ["--base", tiny_base, "--out", tmp_path / "entropy"]),
+        ("train_clip", ["--steps", 1, "--out", tmp_path / "clip"]),
+    ):
         command = [sys.executable, "-m", f"studies.{name}", *map(str, more)]
         done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
 
+def test_lines_fit_100_columns():
+    for file in [*HERE.glob("*.py"), *HERE.glob("studies/*.py")]:
+        long = [i + 1 for i, line in enumerate(file.read_text().splitlines()) if len(line) > 100]
+        assert not long, (file, long)
+
+
 def test_imports_go_one_way():
     """studies, examples -> arcopo -> reward; the code of the method does not name the studies."""
-    for name, banned in (("arcopo.py", "studies|examples|test_arcopo"),
-                         ("reward.py", "studies|examples|arcopo|test_arcopo")):
-        lines = [line for line in (HERE / name).read_text().splitlines()
-                 if re.match(r"\s*(import|from)\s", line)]
-        assert len(lines) > 5 and not [line for line in lines if re.search(rf"\b({banned})\b", line)]
+    for name, banned in (
+        ("arcopo.py", "studies|examples|test_arcopo"),
+        ("reward.py", "studies|examples|arcopo|test_arcopo"),
+    ):
+        lines = [
+            line
+            for line in (HERE / name).read_text().splitlines()
+            if re.match(r"\s*(import|from)\s", line)
+        ]
+        assert len(lines) > 5 and not [
+            line for line in lines if re.search(rf"\b({banned})\b", line)
+        ]
 
 
 def test_pretraining_resumes_to_the_same_weights(tmp_path, monkeypatch):
-    """Killed in the middle of either stage, the second run ends where an unbroken one does, to the bit."""
-    few = ["--teacher-steps", 4, "--student-steps", 4, "--batch", 2, "--width", 16, "--layers", 1,
-           "--heads", 1, "--device", "cpu"]
-    run = lambda out, *more: pretrain.pretrain(pretrain.parse(["--out", tmp_path / out, *few, *more]))
+    """Interrupted in either stage, a resumed run ends with the same weights, bit for bit."""
+    few = [
+        "--teacher-steps",
+        4,
+        "--student-steps",
+        4,
+        "--batch",
+        2,
+        "--width",
+        16,
+        "--layers",
+        1,
+        "--heads",
+        1,
+        "--device",
+        "cpu",
+    ]
+    run = lambda out, *more: pretrain.pretrain(
+        pretrain.parse(["--out", tmp_path / out, *few, *more])
+    )
     monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
     run("whole")
     plain, calls = pretrain.pretrain_loss, []
@@ -789,12 +1141,13 @@ def test_pretraining_resumes_to_the_same_weights(tmp_path, monkeypatch):
         if len(calls) in (4, 10):
             raise KeyboardInterrupt
         return plain(*arguments)
+
     monkeypatch.setattr(pretrain, "pretrain_loss", dies)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run("broken")
     run("broken")
-    assert len(calls) == 8 + 2 + 2                             # two died, two were not yet saved
+    assert len(calls) == 8 + 2 + 2  # two died, two were not yet saved
     for name in ("teacher", "base"):
         a, b = (load_file(tmp_path / out / f"{name}.safetensors") for out in ("whole", "broken"))
         assert all(torch.equal(a[k], b[k]) for k in a)
@@ -803,14 +1156,37 @@ def test_pretraining_resumes_to_the_same_weights(tmp_path, monkeypatch):
 
 
 def broken_files(folder: Path, tiny_base: Path) -> dict[str, Path]:
-    files = {name: folder / f"{name}.safetensors" for name in ("missing", "truncated", "other", "misshapen", "timeless", "infinite", "misfit", "foreign", "timed", "tensorless", "afile")}
+    files = {
+        name: folder / f"{name}.safetensors"
+        for name in (
+            "missing",
+            "truncated",
+            "other",
+            "misshapen",
+            "timeless",
+            "infinite",
+            "misfit",
+            "foreign",
+            "timed",
+            "tensorless",
+            "afile",
+        )
+    }
     files["truncated"].write_bytes(tiny_base.read_bytes()[:5000])
     save_file({"x": torch.zeros(2)}, files["other"])
     tensors = load_file(tiny_base)
     tensors["head.bias"] = torch.zeros(7)
-    save_file(tensors, files["misshapen"], {"generator": json.dumps({"width": 32, "layers": 2, "heads": 2, "timesteps": [1.0, 0.5]})})
+    save_file(
+        tensors,
+        files["misshapen"],
+        {"generator": json.dumps({"width": 32, "layers": 2, "heads": 2, "timesteps": [1.0, 0.5]})},
+    )
     tensors = load_file(tiny_base)
-    save_file(tensors, files["timeless"], {"generator": json.dumps({"width": 32, "layers": 2, "heads": 2, "timesteps": []})})
+    save_file(
+        tensors,
+        files["timeless"],
+        {"generator": json.dumps({"width": 32, "layers": 2, "heads": 2, "timesteps": []})},
+    )
     save_file(tensors | {"head.bias": torch.full((192,), float("nan"))}, files["infinite"])
     adapter = Adapter.new(tiny(), 4, 4.0)
     adapter.save(files["foreign"], tiny(seed=1))
@@ -826,32 +1202,72 @@ BAD = [
     (["--sample", "a pink circle moving right"], "pink"),
     (["--sample", "circle red a"], "not of the world"),
     (["--bogus", "3"], "--bogus"),
-    (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"), (["--lr", "x"], "--lr"), (["--seed", "-1"], "--seed"), (["--anchors", "0"], "--anchors"),
-    (["--group", "1"], "--group"), (["--group", "3"], "--anchors"), (["--sigma", "0"], "(0, 1]"), (["--sigma", "1.1"], "(0, 1]"),
-    (["--steps", "0"], "--steps"), (["--steps", "-5"], "--steps"), (["--quasi-norm", "3"], "--quasi-norm"),
-    (["--precision", "fp8"], "bf16"), (["--device", "tpu9"], "--device"), (["--device", "meta"], "--device"), (["--reward-weights", "ta=1,zz=2"], "ta=1"), (["--reward-weights", "ta=-1"], "ta=1"),
+    (["--lr", "-1"], "--lr"),
+    (["--lr", "nan"], "--lr"),
+    (["--lr", "x"], "--lr"),
+    (["--seed", "-1"], "--seed"),
+    (["--anchors", "0"], "--anchors"),
+    (["--group", "1"], "--group"),
+    (["--group", "3"], "--anchors"),
+    (["--sigma", "0"], "(0, 1]"),
+    (["--sigma", "1.1"], "(0, 1]"),
+    (["--steps", "0"], "--steps"),
+    (["--steps", "-5"], "--steps"),
+    (["--quasi-norm", "3"], "--quasi-norm"),
+    (["--precision", "fp8"], "bf16"),
+    (["--device", "tpu9"], "--device"),
+    (["--device", "meta"], "--device"),
+    (["--reward-weights", "ta=1,zz=2"], "ta=1"),
+    (["--reward-weights", "ta=-1"], "ta=1"),
     (["--adapter", "{missing}"], "--sample"),
-    (["--base", "{missing}"], "no such file"), (["--base", "{truncated}"], "safetensors"), (["--base", "{other}"], "not a generator"), (["--base", "{misshapen}"], "head.bias"),
-    (["--base", "{timeless}"], "timesteps"), (["--base", "{infinite}"], "not finite"), (["--rank", "99999999"], "--rank"),
-    (["--sample", PROMPTS[0], "--adapter", "{missing}"], "no such file"), (["--sample", PROMPTS[0], "--adapter", "{truncated}"], "safetensors"),
-    (["--sample", PROMPTS[0], "--adapter", "{other}"], "not an adapter"), (["--sample", PROMPTS[0], "--adapter", "{misfit}"], "head"),
+    (["--base", "{missing}"], "no such file"),
+    (["--base", "{truncated}"], "safetensors"),
+    (["--base", "{other}"], "not a generator"),
+    (["--base", "{misshapen}"], "head.bias"),
+    (["--base", "{timeless}"], "timesteps"),
+    (["--base", "{infinite}"], "not finite"),
+    (["--rank", "99999999"], "--rank"),
+    (["--sample", PROMPTS[0], "--adapter", "{missing}"], "no such file"),
+    (["--sample", PROMPTS[0], "--adapter", "{truncated}"], "safetensors"),
+    (["--sample", PROMPTS[0], "--adapter", "{other}"], "not an adapter"),
+    (["--sample", PROMPTS[0], "--adapter", "{misfit}"], "head"),
     (["--sample", PROMPTS[0], "--adapter", "{timed}", "--timesteps", "1,0.4"], "other times"),
-    (["--sample", PROMPTS[0], "--adapter", "{foreign}"], "other weights"), (["--buffer-weights", "tb=1"], "--buffer-weights"),
-    (["--sample", ""], "--sample"), (["--sample", PROMPTS[0], "--method", "semi"], "one of them"),
-    (["--method", "grpo"], "on-policy"), (["--sweep", "0.4;1"], "--sweep"),
-    (["--sweep", "0"], "--sweep"), (["--clip-range", "0"], "--clip-range"), (["--clip-range", "nan"], "--clip-range"), (["--timesteps", "1,x"], "--timesteps"),
-    (["--timesteps", "1,0.5,0.6"], "--timesteps"), (["--timesteps", "0.9,0.5"], "--timesteps"), (["--buffer", "{missing}"], "no such file"),
-    (["--buffer", "{other}"], "not a buffer"), (["--buffer", "{tensorless}"], "not a buffer"),
-    (["--timesteps", "1,nan"], "--timesteps"), (["--buffer", "{missing}", "--method", "on-policy"], "not used"), (["--buffer-groups", "0"], "--buffer-groups"),
-    (["--out", "{afile}/run"], "is a file"), (["--sample", PROMPTS[0], "--out", "{afile}/c.gif"], "is a file"), (["--out", "."], "not empty"),
-    (["--out", "{afile}"], "is a file"), (["--sample", PROMPTS[0], "--out", "clip.mp4"], ".gif"),
-    (["--clip", "{missing}"], "open_clip"), (["--clip", "NoSuch:tag"], "NoSuch"), (["--clip", "ViT-B-32:nosuchtag"], "laion2b"), (["--clip", "ViT-B-32:{afile}.pt"], "neither"),
-    (["--clip", "ViT-B-32:{other}"], "cannot load"), (["--clip", "{other}"], "open_clip_config.json"),
+    (["--sample", PROMPTS[0], "--adapter", "{foreign}"], "other weights"),
+    (["--buffer-weights", "tb=1"], "--buffer-weights"),
+    (["--sample", ""], "--sample"),
+    (["--sample", PROMPTS[0], "--method", "semi"], "one of them"),
+    (["--method", "grpo"], "on-policy"),
+    (["--sweep", "0.4;1"], "--sweep"),
+    (["--sweep", "0"], "--sweep"),
+    (["--clip-range", "0"], "--clip-range"),
+    (["--clip-range", "nan"], "--clip-range"),
+    (["--timesteps", "1,x"], "--timesteps"),
+    (["--timesteps", "1,0.5,0.6"], "--timesteps"),
+    (["--timesteps", "0.9,0.5"], "--timesteps"),
+    (["--buffer", "{missing}"], "no such file"),
+    (["--buffer", "{other}"], "not a buffer"),
+    (["--buffer", "{tensorless}"], "not a buffer"),
+    (["--timesteps", "1,nan"], "--timesteps"),
+    (["--buffer", "{missing}", "--method", "on-policy"], "not used"),
+    (["--buffer-groups", "0"], "--buffer-groups"),
+    (["--out", "{afile}/run"], "is a file"),
+    (["--sample", PROMPTS[0], "--out", "{afile}/c.gif"], "is a file"),
+    (["--out", "."], "not empty"),
+    (["--out", "{afile}"], "is a file"),
+    (["--sample", PROMPTS[0], "--out", "clip.mp4"], ".gif"),
+    (["--clip", "{missing}"], "open_clip"),
+    (["--clip", "NoSuch:tag"], "NoSuch"),
+    (["--clip", "ViT-B-32:nosuchtag"], "laion2b"),
+    (["--clip", "ViT-B-32:{afile}.pt"], "neither"),
+    (["--clip", "ViT-B-32:{other}"], "cannot load"),
+    (["--clip", "{other}"], "open_clip_config.json"),
 ]
 
 
 @pytest.mark.parametrize("arguments, says", BAD, ids=[" ".join(a) for a, _ in BAD])
-def test_bad_input_is_one_line_exit_code_2_and_nothing_written(arguments, says, tmp_path, tiny_base, capsys, monkeypatch):
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
+    arguments, says, tmp_path, tiny_base, capsys, monkeypatch
+):
     files = broken_files(tmp_path, tiny_base)
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
@@ -864,19 +1280,29 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(arguments, says, 
     assert sorted(tmp_path.rglob("*")) == before and files["afile"].read_text() == "in the way"
 
 
-@pytest.mark.parametrize("arguments, says", [(["--steps", "0"], "--steps"), (["--bogus"], "--bogus"), (["--seed", "-1"], "--seed"),
-                                             (["--out", "{afile}"], "is a file"), (["--out", ""], "empty")])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--steps", "0"], "--steps"),
+        (["--bogus"], "--bogus"),
+        (["--seed", "-1"], "--seed"),
+        (["--out", "{afile}"], "is a file"),
+        (["--out", ""], "empty"),
+    ],
+)
 def test_bad_input_of_the_studies(arguments, says, tmp_path, tiny_base, capsys):
     files = broken_files(tmp_path, tiny_base)
     for study in (train_clip, pretrain, entropy, sde_grpo):
-        more = [a.replace("--steps", "--teacher-steps") if study is pretrain else a for a in arguments]
+        more = [
+            a.replace("--steps", "--teacher-steps") if study is pretrain else a for a in arguments
+        ]
         assert study.main([a.format(**files) for a in more]) == 2
         out, error = capsys.readouterr()
         assert error.count("\n") == 1 and error.startswith(study.__name__.split(".")[-1] + ": ")
         assert says in error.replace("--teacher-steps", "--steps") and not out
 
 
-def test_an_output_without_greek_letters_stops_nothing(monkeypatch):
+def test_terminals_without_unicode_do_not_crash_it(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     assert arcopo.main(["--help"]) == 0
     sys.stdout.flush()
@@ -885,7 +1311,9 @@ def test_an_output_without_greek_letters_stops_nothing(monkeypatch):
 
 def test_retraining_the_clip_writes_what_open_clip_loads(tmp_path):
     assert train_clip.main(["--steps", 2, "--out", tmp_path / "clip"]) == 0
-    assert ClipReward(str(tmp_path / "clip"))(make_clips(PROMPTS, seeded(0)), PROMPTS)["ta"].shape == (3,)
+    assert ClipReward(str(tmp_path / "clip"))(make_clips(PROMPTS, seeded(0)), PROMPTS)[
+        "ta"
+    ].shape == (3,)
 
 
 def test_weights_never_load_through_pickle(tmp_path, tiny_base):
@@ -899,21 +1327,26 @@ def test_weights_never_load_through_pickle(tmp_path, tiny_base):
 
 # ------------------------------------------------------------------ README and help
 
+
 def test_figures_draws_every_plot_from_the_shipped_csvs(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     from studies import figures
+
     assert figures.main(["--out", tmp_path]) == 0
     shown = set()
     for file in (HERE / "README.md", HERE / "studies" / "EVIDENCE.md"):
-        shown |= {Path(link).name for link in re.findall(r"!\[[^]]*\]\(([^)]+)\)", file.read_text())}
+        shown |= {
+            Path(link).name for link in re.findall(r"!\[[^]]*\]\(([^)]+)\)", file.read_text())
+        }
     drawn = {file.name for file in tmp_path.iterdir()}
-    assert shown - drawn == {"models.gif"} and drawn <= shown         # the GIF is arcopo.py's
+    assert shown - drawn == {"models.gif"} and drawn <= shown  # the GIF is arcopo.py's
     assert {f.name for f in (HERE / "assets").glob("*.png")} == drawn
 
 
 def test_claims_resumes(tmp_path, monkeypatch, tiny_base):
     """A run whose rows are in the CSVs is not run again; an interrupted one leaves none."""
     from studies import claims
+
     ours = [("C3", "recipe", "python arcopo.py --method on-policy --seed S --steps 1")]
     monkeypatch.setattr(claims, "RUNS", ours)
     extra = " ".join(map(str, ["--base", tiny_base, *TINY]))
@@ -921,9 +1354,11 @@ def test_claims_resumes(tmp_path, monkeypatch, tiny_base):
     assert claims.main(arguments) == 0
     rows = claims.read(tmp_path / "out" / "results.csv")
     assert [(row["run"], row["model"], row["seed"]) for row in rows] == [
-        ("recipe", "base", "0"), ("recipe", "on-policy", "0")]
+        ("recipe", "base", "0"),
+        ("recipe", "on-policy", "0"),
+    ]
     assert [row["step"] for row in claims.read(tmp_path / "out" / "curves.csv")] == ["0", "1"]
-    monkeypatch.setattr(claims, "execute", None)                      # would fail if it were called
+    monkeypatch.setattr(claims, "execute", None)  # would fail if it were called
     assert claims.main(arguments) == 0
     assert claims.main(["C9"]) == 2
 
@@ -931,24 +1366,34 @@ def test_claims_resumes(tmp_path, monkeypatch, tiny_base):
 def test_the_shipped_evidence_is_what_claims_writes():
     """Each run of claims.py is in the CSVs, with five seeds."""
     from studies import claims
+
     for _, run, line in claims.RUNS:
         assert all(claims.done(claims.HERE, run, line, seed) for seed in range(5)), line
 
 
 def test_readme_names_what_exists():
-    """The names in the README's table of symbols are in the code; its commands use settings that exist."""
+    """Names in the README's table of symbols, links and settings exist."""
     readme = (HERE / "README.md").read_text()
-    rows = [line for line in readme.splitlines() if line.startswith("|") and re.search(r"Eq\.|Alg\.", line)]
+    rows = [
+        line
+        for line in readme.splitlines()
+        if line.startswith("|") and re.search(r"Eq\.|Alg\.", line)
+    ]
     names = {name for row in rows for name in re.findall(r"`([\w.]+)`", row.split("|")[-2])}
     assert len(names) > 10
     for name in names:
         attrgetter(name)(arcopo)
-    headings = {"#" + title.lower().replace(" ", "-") for title in re.findall(r"^#+ (.+)$", readme, re.MULTILINE)}
+    headings = {
+        "#" + title.lower().replace(" ", "-")
+        for title in re.findall(r"^#+ (.+)$", readme, re.MULTILINE)
+    }
     evidence = (HERE / "studies" / "EVIDENCE.md").read_text()
     sections = set(re.findall(r"^## (C\d)$", evidence, re.MULTILINE))
     for link in re.findall(r"\]\((?!http)([^)]+)\)", readme):
         file, _, section = link.partition("#")
-        assert link in headings or (HERE / file).exists() and section.upper() in ("", *sections), link
+        assert link in headings or (HERE / file).exists() and section.upper() in ("", *sections), (
+            link
+        )
     for link in re.findall(r"\]\((?!http)([^)]+)\)", evidence):
         assert (HERE / "studies" / link).exists(), link
     known = {"--" + name.replace("_", "-") for name in Settings.__dataclass_fields__} | {"--help"}
@@ -959,4 +1404,7 @@ def test_help_tells_every_setting_and_the_papers_value(capsys):
     with pytest.raises(SystemExit):
         arcopo.parse(["--help"])
     text = capsys.readouterr().out
-    assert all("--" + name.replace("_", "-") in text for name in Settings.__dataclass_fields__) and "(paper: 12)" in text
+    assert (
+        all("--" + name.replace("_", "-") in text for name in Settings.__dataclass_fields__)
+        and "(paper: 12)" in text
+    )

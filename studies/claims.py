@@ -17,25 +17,48 @@ HERE = Path(__file__).resolve().parent
 DETERMINISTIC = "--timesteps 1,0.1,0.05,0.02 --steps 40"
 TA = "--reward-weights ta=1"
 SECOND = "runs/second-base"
-RUNS = [                            # (claims, run in the CSVs, command; S is the seed)
+RUNS = [  # (claims, run in the CSVs, command; S is the seed)
     ("C1", "entropy", "python -m studies.entropy --seed S"),
     ("C8", "cost", "python -m studies.cost --seed S"),
     ("C2 C3 C6", "recipe", "python arcopo.py --steps 100 --seed S --sweep 0.4,0.6,0.8,1,1.5,2"),
     ("C2", "sde-grpo", "python -m studies.sde_grpo --lr 2e-4 --steps 100 --seed S"),
-    *(("C2", run, f"python {script} {DETERMINISTIC}{noise} --seed S")
-      for run, noise in (("deterministic", ""), ("deterministic and noisy", " --reward-noise 0.3"))
-      for script in ("arcopo.py --method on-policy", "-m studies.sde_grpo --lr 1e-4")),
-    *(("C4", "ta, lr 4e-4", f"python arcopo.py --method {method} {TA} --lr 4e-4 --steps 80 --seed S")
-      for method in ("on-policy", "semi")),
-    *(("C5", "ta", f"python arcopo.py --method {method} {TA} --steps 100 --seed S")
-      for method in ("semi", "off-policy")),
-    ("C6", "ta, lr 4e-4, merged", f"python arcopo.py {TA} --lr 4e-4 --steps 80 --seed S "
-                                  "--sweep 0.2,0.4,0.6,0.8,1"),
-    ("C7", "flow", "python arcopo.py --base assets/teacher.safetensors --method on-policy --steps 40 "
-                   "--seed S"),
-    ("C7", "second base", "python -m studies.pretrain --seed 1 --width 128 --layers 4 --heads 2 "
-                          f"--out {SECOND} && python arcopo.py --base {SECOND}/base.safetensors "
-                          "--method on-policy --steps 60 --seed S"),
+    *(
+        ("C2", run, f"python {script} {DETERMINISTIC}{noise} --seed S")
+        for run, noise in (
+            ("deterministic", ""),
+            ("deterministic and noisy", " --reward-noise 0.3"),
+        )
+        for script in ("arcopo.py --method on-policy", "-m studies.sde_grpo --lr 1e-4")
+    ),
+    *(
+        (
+            "C4",
+            "ta, lr 4e-4",
+            f"python arcopo.py --method {method} {TA} --lr 4e-4 --steps 80 --seed S",
+        )
+        for method in ("on-policy", "semi")
+    ),
+    *(
+        ("C5", "ta", f"python arcopo.py --method {method} {TA} --steps 100 --seed S")
+        for method in ("semi", "off-policy")
+    ),
+    (
+        "C6",
+        "ta, lr 4e-4, merged",
+        f"python arcopo.py {TA} --lr 4e-4 --steps 80 --seed S --sweep 0.2,0.4,0.6,0.8,1",
+    ),
+    (
+        "C7",
+        "flow",
+        "python arcopo.py --base assets/teacher.safetensors --method on-policy --steps 40 --seed S",
+    ),
+    (
+        "C7",
+        "second base",
+        "python -m studies.pretrain --seed 1 --width 128 --layers 4 --heads 2 "
+        f"--out {SECOND} && python arcopo.py --base {SECOND}/base.safetensors "
+        "--method on-policy --steps 60 --seed S",
+    ),
 ]
 
 
@@ -52,9 +75,13 @@ def trained(line: str) -> str:
 
 def done(out: Path, run: str, line: str, seed: int) -> bool:
     if run in ("entropy", "cost"):
-        return any(row["command"] == line and row["seed"] == str(seed) for row in read(out / f"{run}.csv"))
-    return any((row["run"], row["model"], row["seed"]) == (run, trained(line), str(seed))
-               for row in read(out / "results.csv"))
+        return any(
+            row["command"] == line and row["seed"] == str(seed) for row in read(out / f"{run}.csv")
+        )
+    return any(
+        (row["run"], row["model"], row["seed"]) == (run, trained(line), str(seed))
+        for row in read(out / "results.csv")
+    )
 
 
 def execute(out: Path, run: str, line: str, seed: int, extra: list[str]) -> None:
@@ -64,7 +91,7 @@ def execute(out: Path, run: str, line: str, seed: int, extra: list[str]) -> None
         if not (HERE.parent / SECOND / "base.safetensors").exists():
             subprocess.run([sys.executable, *shlex.split(part)[1:]], cwd=HERE.parent, check=True)
     folder = out / "runs" / f"{run}-{trained(line)}-{seed}".replace(" ", "-").replace(",", "")
-    shutil.rmtree(folder, ignore_errors=True)                   # what an interrupted run wrote
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run wrote
     words = [str(seed) if word == "S" else word for word in shlex.split(last)[1:]]
     words = [sys.executable, *words, "--out", str(folder.absolute()), *extra]
     print("$", shlex.join(words), flush=True)
@@ -77,9 +104,13 @@ def execute(out: Path, run: str, line: str, seed: int, extra: list[str]) -> None
     columns = list(read(folder / "judged.csv")[0])[1:]
     for file in sorted(folder.glob("*-curve.csv")):
         for row in read(file):
-            append_row(out / "curves.csv", about | {"training": file.name[:-10], "step": row["step"]}
-                       | {name: row[name] for name in columns})
-    for row in read(folder / "judged.csv"):                     # last: done() looks here
+            append_row(
+                out / "curves.csv",
+                about
+                | {"training": file.name[:-10], "step": row["step"]}
+                | {name: row[name] for name in columns},
+            )
+    for row in read(folder / "judged.csv"):  # last: done() looks here
         append_row(out / "results.csv", about | row)
 
 
@@ -88,24 +119,33 @@ def main(arguments: list | None = None) -> int:
         parser = Parser(__doc__.split("\n\n")[0])
         parser.add_argument("claims", nargs="+", metavar="CLAIM", help="C1 ... C8")
         parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1 [5]")
-        parser.add_argument("--out", type=nonempty, default=str(HERE), help="folder of the CSVs [studies]")
+        parser.add_argument(
+            "--out", type=nonempty, default=str(HERE), help="folder of the CSVs [studies]"
+        )
         parser.add_argument("--extra", type=nonempty, help="settings added to each command")
         args = parser.parse_args(arguments and [str(a) for a in arguments])
         known = {claim for claims, *_ in RUNS for claim in claims.split()}
         if not set(args.claims) <= known:
-            raise UserError(f"{' '.join(args.claims)}: expected claims of {', '.join(sorted(known))}")
+            raise UserError(
+                f"{' '.join(args.claims)}: expected claims of {', '.join(sorted(known))}"
+            )
         if not 1 <= args.seeds <= 1000:
             raise UserError(f"--seeds {args.seeds}: must be from 1 to 1000")
         check_folder(Path(args.out))
         Path(args.out).mkdir(parents=True, exist_ok=True)
         for claims, run, line in RUNS:
             for seed in range(args.seeds):
-                if set(claims.split()) & set(args.claims) and not done(Path(args.out), run, line, seed):
+                if set(claims.split()) & set(args.claims) and not done(
+                    Path(args.out), run, line, seed
+                ):
                     try:
                         execute(Path(args.out), run, line, seed, shlex.split(args.extra or ""))
                     except subprocess.CalledProcessError as error:
-                        raise UserError(f"{line}: failed with exit code {error.returncode}") from error
+                        raise UserError(
+                            f"{line}: failed with exit code {error.returncode}"
+                        ) from error
         return 0
+
     return command("claims", call)
 
 

@@ -14,8 +14,19 @@ from statistics import mean
 import torch
 from tqdm import tqdm
 
-from arcopo import (ADAPTER, STUDY, Adapter, choose_device, draw_noise, fork, load_generator, methods,
-                    parse, seeded, update)
+from arcopo import (
+    ADAPTER,
+    STUDY,
+    Adapter,
+    choose_device,
+    draw_noise,
+    fork,
+    load_generator,
+    methods,
+    parse,
+    seeded,
+    update,
+)
 from reward import TRAIN_PROMPTS, UserError, append_row, check_folder, command
 from studies.sde_grpo import sde_grpo
 
@@ -25,8 +36,12 @@ ROUNDS = 3
 def study(settings) -> int:
     folder = Path(settings.out or time.strftime("runs/cost-%Y%m%d-%H%M%S"))
     check_folder(folder, new=True)
-    model = load_generator(settings.base, choose_device(settings.device),
-                           settings.precision == "bf16", settings.timesteps)
+    model = load_generator(
+        settings.base,
+        choose_device(settings.device),
+        settings.precision == "bf16",
+        settings.timesteps,
+    )
     if not model.solver_steps:
         raise UserError("--base, --timesteps: sequence-level GRPO needs a sampler that adds noise")
     P, G = settings.prompts, settings.group
@@ -50,18 +65,22 @@ def study(settings) -> int:
             generator = seeded(settings.seed, STUDY, step)
             noise = draw_noise(model, P, generator)
             own = method.branch_noise(noise, p, generator)
-            train = lambda m: update(model, adapter, branches, rewards, m, optimizer,
-                                     settings.updates, generator)
+            train = lambda m: update(
+                model, adapter, branches, rewards, m, optimizer, settings.updates, generator
+            )
             with adapter.on(model):
                 row[f"fork_{p + 1}"], (branches, _) = seconds(
-                    lambda: fork(model, TRAIN_PROMPTS[:P], p, noise, *own))
+                    lambda: fork(model, TRAIN_PROMPTS[:P], p, noise, *own)
+                )
             row[f"update_{p + 1}"], _ = seconds(lambda: train(method))
             whole += seconds(lambda: train(sde))[0]
-        if step > 0:                                                # the first round is a warm-up
+        if step > 0:  # the first round is a warm-up
             rows.append(row | {"sequence_rollouts": row["fork_1"], "sequence_update": whole})
             append_row(folder / "cost.csv", rows[-1])
     print(f"{'seconds of an iteration':<24}{'rollouts':>10}{'update':>10}{'together':>10}")
-    parts = {f"fork at chunk {p + 1}": (f"fork_{p + 1}", f"update_{p + 1}") for p in range(model.chunks)}
+    parts = {
+        f"fork at chunk {p + 1}": (f"fork_{p + 1}", f"update_{p + 1}") for p in range(model.chunks)
+    }
     parts["sequence-level GRPO"] = "sequence_rollouts", "sequence_update"
     for name, pair in parts.items():
         a, b = (mean(row[column] for row in rows) for column in pair)

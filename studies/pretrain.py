@@ -14,16 +14,32 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from arcopo import Generator, choose_device, seeded
-from reward import (CHUNK_FRAMES, CHUNKS, TRAIN_PROMPTS, Parser, UserError, check_folder, command,
-                    make_clips, nonempty, read_weights, write_weights)
+from reward import (
+    CHUNK_FRAMES,
+    CHUNKS,
+    TRAIN_PROMPTS,
+    Parser,
+    UserError,
+    check_folder,
+    command,
+    make_clips,
+    nonempty,
+    read_weights,
+    write_weights,
+)
 from studies.train_clip import muon_and_adamw, step_with
 
-FLOW_TIMESTEPS = (1.0, 0.9, 0.75, 0.6, 0.4, 0.2)        # the teacher's Euler steps
-DISTILLED_AT = (1.0, 0.6, 0.33, 0.14)                   # times that distillation prefers
+FLOW_TIMESTEPS = (1.0, 0.9, 0.75, 0.6, 0.4, 0.2)  # the teacher's Euler steps
+DISTILLED_AT = (1.0, 0.6, 0.33, 0.14)  # times that distillation prefers
 ODE_STEPS, SAVE_EVERY = 6, 100
-COUNTS = {"teacher_steps": (1600, "steps of flow matching"), "student_steps": (180, "of distillation"),
-          "batch": (32, "clips in a batch"), "width": (192, "width of the transformer"),
-          "layers": (6, "its layers"), "heads": (3, "its attention heads")}
+COUNTS = {
+    "teacher_steps": (1600, "steps of flow matching"),
+    "student_steps": (180, "of distillation"),
+    "batch": (32, "clips in a batch"),
+    "width": (192, "width of the transformer"),
+    "layers": (6, "its layers"),
+    "heads": (3, "its attention heads"),
+}
 
 
 def encode(clips: Tensor) -> Tensor:
@@ -33,8 +49,13 @@ def encode(clips: Tensor) -> Tensor:
 
 def save_generator(model: Generator, file: Path) -> None:
     """Write a base that arcopo.load_generator reads, in bfloat16."""
-    shape = {"width": model.width, "layers": model.layers, "heads": model.heads,
-             "timesteps": model.timesteps, "flow": model.flow}
+    shape = {
+        "width": model.width,
+        "layers": model.layers,
+        "heads": model.heads,
+        "timesteps": model.timesteps,
+        "flow": model.flow,
+    }
     tensors = {name: t.bfloat16() for name, t in model.state_dict().items()}
     write_weights(file, tensors, {"generator": json.dumps(shape)})
 
@@ -49,11 +70,14 @@ def contexts(model: Generator, clean: Tensor, prompts: list[str]) -> list:
 
 def predict_all(model: Generator, x_t: Tensor, t: Tensor, before: list) -> Tensor:
     """predict for each chunk: x_t [N, L, *chunk_shape] at times t [N, L]."""
-    return torch.stack([model.predict(x_t[:, p], t[:, p], before[p]) for p in range(model.chunks)], 1)
+    return torch.stack(
+        [model.predict(x_t[:, p], t[:, p], before[p]) for p in range(model.chunks)], 1
+    )
 
 
-def pretrain_loss(model: Generator, teacher: Generator | None, batch: int,
-                  generator: torch.Generator) -> Tensor:
+def pretrain_loss(
+    model: Generator, teacher: Generator | None, batch: int, generator: torch.Generator
+) -> Tensor:
     """Flow matching, or distillation if there is a teacher.
 
     Flow matching: the error of v = (x_t - x₀)/t, t >= 0.05 in the denominator, behind real past
@@ -62,7 +86,7 @@ def pretrain_loss(model: Generator, teacher: Generator | None, batch: int,
     N, L, device = batch, CHUNKS, model.device
     index = torch.randint(len(TRAIN_PROMPTS), (N,), generator=generator)
     prompts = [TRAIN_PROMPTS[i] for i in index]
-    clean = encode(make_clips(prompts, generator))                              # [N, L, F, 3, H, W]
+    clean = encode(make_clips(prompts, generator))  # [N, L, F, 3, H, W]
     noise, past_noise = (torch.randn(clean.shape, generator=generator) for _ in range(2))
     u = 0.1 * torch.rand(N, L, 1, 1, 1, 1, generator=generator)
     t = torch.sigmoid(0.6 + 1.1 * torch.randn(N, L, generator=generator))
@@ -79,15 +103,22 @@ def pretrain_loss(model: Generator, teacher: Generator | None, batch: int,
         return ((prediction - clean) / level.clamp_min(0.05)).square().mean()
     with torch.no_grad():
         before = contexts(teacher, past, prompts)
-        for k in range(ODE_STEPS):                                              # Euler, t to 0
+        for k in range(ODE_STEPS):  # Euler, t to 0
             x0 = predict_all(teacher, x_t, t * (1 - k / ODE_STEPS), before)
             x_t = x0 + (x_t - x0) * (ODE_STEPS - k - 1) / (ODE_STEPS - k)
     return ((prediction - x_t).square().flatten(2).mean(2) + 0.03**2).sqrt().mean()
 
 
-def fit(stage: str, model: Generator, teacher: Generator | None, steps: int, lr: float,
-        args, folder: Path) -> None:
-    """Train one stage, from its checkpoint if there is one. A step's data depend on the seed and the
+def fit(
+    stage: str,
+    model: Generator,
+    teacher: Generator | None,
+    steps: int,
+    lr: float,
+    args,
+    folder: Path,
+) -> None:
+    """Train one stage, from its checkpoint if there is one. A step's data depend on seed and
     step alone."""
     hidden = [m.weight for m in model.blocks.modules() if isinstance(m, nn.Linear)]
     optimizers = muon_and_adamw(model, hidden)
@@ -97,8 +128,10 @@ def fit(stage: str, model: Generator, teacher: Generator | None, steps: int, lr:
     if checkpoint.is_file():
         tensors, metadata = read_weights(checkpoint, "--out")
         if metadata.get("settings") != described:
-            raise UserError(f"--out {folder}: holds a pre-training with other settings "
-                            f"({metadata.get('settings')}); name another folder")
+            raise UserError(
+                f"--out {folder}: holds a pre-training with other settings "
+                f"({metadata.get('settings')}); name another folder"
+            )
         start = int(metadata["step"])
         model.load_state_dict({n[6:]: t for n, t in tensors.items() if n.startswith("model.")})
         for i, optimizer in enumerate(optimizers):
@@ -147,10 +180,13 @@ def parse(arguments: list | None = None):
     parser = Parser(__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=nonempty, default="runs/pretrain", help="folder to write")
     for name, (default, text) in COUNTS.items():
-        parser.add_argument("--" + name.replace("_", "-"), type=int, default=default,
-                            help=f"{text} [{default}]")
+        parser.add_argument(
+            "--" + name.replace("_", "-"), type=int, default=default, help=f"{text} [{default}]"
+        )
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random [0]")
-    parser.add_argument("--device", default="auto", help="cpu, cuda ...; auto: cuda if there is one")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda ...; auto: cuda if there is one"
+    )
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     args = parser.parse_args(arguments and [str(a) for a in arguments])
     for name in COUNTS:
