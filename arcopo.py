@@ -30,7 +30,6 @@ shape [N, *chunk_shape] = [N, frames, 3, height, width].
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import math
 import sys
@@ -48,8 +47,9 @@ from tqdm import tqdm
 
 from reward import (ASSETS, CHUNK_FRAMES, CHUNKS, COLOURS, HELD_OUT_PROMPTS, MOTIONS, SHAPES, SIZE,
                     TRAIN_PROMPTS, ClipReward, Parser, UserError, WeightedReward, append_row,
-                    attributes, check_folder, command, judge, nonempty, one_line, parse_weights,
-                    read_weights, save_gif, write_weights)
+                    attributes, check_folder, choose_device, command, fingerprint, judge, markdown,
+                    nonempty, one_line, parse_sweep, parse_weights, read_weights, save_gif,
+                    write_weights)
 
 
 # ------------------------------------------------------------------ settings
@@ -269,14 +269,6 @@ class Generator(nn.Module):
             y = self.head(F.layer_norm(y, (self.width,)) * (1 + scale) + shift).float()
         y = y.view(N, CHUNK_FRAMES, side, side, 3, PATCH, PATCH).permute(0, 1, 4, 2, 5, 3, 6)
         return y.reshape(x.shape), kv
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Hash of the weights: rejects adapters and buffers made for another base."""
-    digest = hashlib.sha256()
-    for x in module.state_dict().values():
-        digest.update(x.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def parse_times(times) -> tuple[float, ...]:
@@ -823,33 +815,10 @@ def table(results: dict[str, dict[str, Tensor]], marked: str) -> str:
         change = [scores[c] - first[c] for c in ("reward", "judge")]
         rows.append([name + " *" * (name == marked), *(f"{scores[c].mean():.3f}" for c in COLUMNS),
                      *(f"{d.mean():+.3f} ± {d.std() / len(d) ** 0.5:.3f}" for d in change)])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
+    return markdown(rows)
 
 
 # ------------------------------------------------------------------ command line
-
-def parse_sweep(text: str) -> list[float]:
-    try:
-        strengths = sorted({float(part) for part in text.split(",")})
-    except ValueError:
-        strengths = []
-    if not strengths or not all(0 < s <= 10 for s in strengths):
-        raise UserError(f"--sweep {text}: expected strengths in (0, 10], as 0.4,0.6,0.8,1")
-    return strengths
-
-
-def choose_device(name: str) -> str:
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    try:
-        if torch.device(name).type not in ("cpu", "cuda"):
-            raise RuntimeError("neither cpu nor cuda")
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: cannot be used ({one_line(error)})") from error
-    return name
-
 
 def load(settings: Settings) -> tuple[Generator, ClipReward, WeightedReward]:
     """The base, the open_clip model, and the reward on the scale of the base's own clips.

@@ -11,6 +11,7 @@ circle moving right". Nothing here depends on the generator.
 import argparse
 import copy
 import csv
+import hashlib
 import io
 import logging
 import math
@@ -73,6 +74,17 @@ def check_folder(folder: Path, new: bool = False) -> None:
         raise UserError(f"--out {folder}: is not empty; name a new folder")
 
 
+def choose_device(name: str) -> str:
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise RuntimeError("neither cpu nor cuda")
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: cannot be used ({one_line(error)})") from error
+    return name
+
+
 def read_weights(file: str | Path, option: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file (never pickle). Raises UserError."""
     if not Path(file).is_file():
@@ -114,6 +126,14 @@ def command(name: str, call: Callable[[], int]) -> int:
         return 2
 
 
+def fingerprint(module: torch.nn.Module) -> str:
+    """Hash of the weights: rejects adapters and buffers made for another base."""
+    digest = hashlib.sha256()
+    for x in module.state_dict().values():
+        digest.update(x.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def append_row(file: Path, row: dict) -> None:
     """Append to a CSV file; the first row also writes the header."""
     new = not file.exists()
@@ -122,6 +142,13 @@ def append_row(file: Path, row: dict) -> None:
         if new:
             writer.writeheader()
         writer.writerow(row)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A Markdown table with aligned columns; the first row is the header."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
 
 
 def save_gif(blocks: dict[str, Tensor], file: Path, scale: int = 4) -> None:
@@ -569,3 +596,13 @@ def parse_weights(text: str, name: str = "reward_weights") -> dict[str, float]:
             f"{','.join(c + '=1' for c in COMPONENTS)}, each >= 0 and one above 0"
         )
     return weights
+
+
+def parse_sweep(text: str) -> list[float]:
+    try:
+        strengths = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        strengths = []
+    if not strengths or not all(0 < s <= 10 for s in strengths):
+        raise UserError(f"--sweep {text}: expected strengths in (0, 10], as 0.4,0.6,0.8,1")
+    return strengths

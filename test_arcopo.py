@@ -21,8 +21,6 @@ import arcopo
 import reward
 from arcopo import (
     Adapter,
-    Context,
-    Fork,
     Generator,
     Settings,
     choose_strength,
@@ -281,7 +279,6 @@ def one_pass(model: Generator, x, t, prompts) -> tuple[torch.Tensor, torch.Tenso
 def test_cached_prediction_equals_one_pass_with_the_block_causal_mask():
     model, clean = tiny(), encode(make_clips(PROMPTS, seeded(0)))
     full, kv = one_pass(model, clean, torch.zeros(3, CHUNKS), PROMPTS)
-    t = torch.rand(3, CHUNKS, generator=seeded(1))
     context = model.begin(PROMPTS)
     for p in range(CHUNKS):
         assert torch.allclose(model.predict(clean[:, p], 0.0, context), full[:, p], atol=1e-5)

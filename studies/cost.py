@@ -18,7 +18,6 @@ from arcopo import (
     ADAPTER,
     STUDY,
     Adapter,
-    choose_device,
     draw_noise,
     fork,
     load_generator,
@@ -27,7 +26,7 @@ from arcopo import (
     seeded,
     update,
 )
-from reward import TRAIN_PROMPTS, UserError, append_row, check_folder, command
+from reward import TRAIN_PROMPTS, UserError, append_row, check_folder, choose_device, command
 from studies.sde_grpo import sde_grpo
 
 ROUNDS = 3

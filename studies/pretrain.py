@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from arcopo import Generator, choose_device, seeded
+from arcopo import Generator, seeded
 from reward import (
     CHUNK_FRAMES,
     CHUNKS,
@@ -21,6 +21,7 @@ from reward import (
     Parser,
     UserError,
     check_folder,
+    choose_device,
     command,
     make_clips,
     nonempty,
