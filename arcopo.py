@@ -7,7 +7,7 @@
 He et al., AR-CoPO: Align Autoregressive Video Generation with Contrastive Policy Optimization,
 arXiv 2603.17461 ("the paper"), built on He et al., Neighbor GRPO, arXiv 2511.16955. The generator
 is a miniature of Self-Forcing's, arXiv 2506.08009. Comments that start with "Departure" mark
-every place where this file differs from the paper.
+where this file differs from the paper; --help shows the paper's value of each setting.
 
 Symbol          in the paper      here
 L, p            Sec. 3.2          model.chunks; pivot, counted from 0 (from 1 in all output)
