@@ -28,7 +28,6 @@ Shapes: P prompts, T steps, L chunks, G branches, B anchors, N rows of a batch. 
 shape [N, *chunk_shape] = [N, frames, 3, height, width].
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -36,7 +35,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,10 +45,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from reward import (ASSETS, CHUNK_FRAMES, CHUNKS, COLOURS, HELD_OUT_PROMPTS, MOTIONS, SHAPES, SIZE,
-                    TRAIN_PROMPTS, ClipReward, Parser, UserError, WeightedReward, append_row,
-                    attributes, check_folder, choose_device, command, fingerprint, judge, markdown,
-                    nonempty, one_line, parse_sweep, parse_weights, read_weights, save_gif,
-                    write_weights)
+                    TRAIN_PROMPTS, ClipReward, UserError, WeightedReward, append_row, attributes,
+                    check_folder, check_options, choose_device, command, fingerprint, judge,
+                    markdown, one_line, option, parse_options, parse_sweep, parse_weights,
+                    read_weights, save_gif, write_weights)
 
 
 # ------------------------------------------------------------------ settings
@@ -57,18 +56,6 @@ from reward import (ASSETS, CHUNK_FRAMES, CHUNKS, COLOURS, HELD_OUT_PROMPTS, MOT
 METHODS = ("on-policy", "semi", "off-policy")
 SECTIONS = {"steps": "run", "group": "AR-CoPO", "buffer_groups": "semi-on-policy and merging",
             "clip": "reward and evaluation"}               # the first setting of each section
-
-
-def option(default, text: str, valid: str = "", paper: str = ""):
-    """A setting. valid: an interval, or the allowed words; paper: the paper's value."""
-    return field(default=default, metadata={"text": text, "valid": valid, "paper": paper})
-
-
-def allowed(value, valid: str) -> bool:
-    if valid[:1] not in ("[", "("):
-        return valid == "" or value in ("", *valid.split(" | "))
-    low, high = map(float, valid[1:-1].split(","))
-    return low < value < high or value in ({"[": low}.get(valid[0]), {"]": high}.get(valid[-1]))
 
 
 @dataclass
@@ -115,12 +102,7 @@ class Settings:
     judge_every: int = option(20, "iterations between points of the held-out curve", "[1, inf)")
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            value, valid = getattr(self, f.name), f.metadata["valid"]
-            flag = "--" + f.name.replace("_", "-")
-            if not allowed(value, valid):
-                must = f"in {valid}" if valid[0] in "[(" else f"one of {valid}"
-                raise UserError(f"{flag} {value}: must be {must}")
+        check_options(self)
         if self.adapter and not self.sample:
             raise UserError(f"--adapter {self.adapter}: use it with --sample")
         if self.sample and self.method:
@@ -546,7 +528,8 @@ def contrastive_log_policies(branches: Fork, replayed: Tensor, tau: float) -> Te
 
 @dataclass
 class Method:
-    """On-policy AR-CoPO (Sec. 3.2). Semi-on-policy: buffered. Off-policy: buffered, clip inf."""
+    """One training. On-policy AR-CoPO (Sec. 3.2); semi-on-policy: buffered; off-policy: buffered,
+    clip inf. A subclass can explore in another way, or have another policy."""
     group: int              # G
     sigma: float            # σ of Eq. 1
     anchors: int            # B
@@ -557,6 +540,10 @@ class Method:
     quasi_norm: float
     floor: float
     reward_noise: float
+    steps: int              # iterations
+    lr: float               # of AdamW
+    rank: int               # of the adapter
+    alpha: float
     buffered: bool = False  # groups from the fixed buffer, π_old is the reference (Sec. 3.3)
 
     def branch_noise(self, noise: Noise, pivot: int,
@@ -717,33 +704,31 @@ def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer
 
 
 def align(name: str, model: Generator, method: Method, groups: Callable, judge_model: Callable,
-          settings: Settings, folder: Path) -> tuple[Adapter, list[dict], int]:
-    """Train one adapter -> it, its held-out curve, and how many updates were not finite.
+          judge_every: int, seed: int, folder: Path) -> tuple[Adapter, int]:
+    """Train one adapter -> it, and how many updates were not finite.
 
-    Writes NAME.csv (a row per iteration), NAME-curve.csv (judge_model() every few iterations) and
-    NAME.safetensors into the folder.
+    Writes NAME.csv (a row per iteration), NAME-curve.csv (what judge_model() returns, every few
+    iterations) and NAME.safetensors into the folder.
     """
-    adapter = Adapter.new(model, settings.rank, settings.alpha, seeded(settings.seed, ADAPTER))
-    optimizer = torch.optim.AdamW(adapter.parameters(), settings.lr, weight_decay=0)
-    curve, recent, skipped = [], [], 0
-    bar, shown = tqdm(range(settings.steps + 1), desc=name, unit="it"), {}
+    adapter = Adapter.new(model, method.rank, method.alpha, seeded(seed, ADAPTER))
+    optimizer = torch.optim.AdamW(adapter.parameters(), method.lr, weight_decay=0)
+    bar, recent, skipped, shown = tqdm(range(method.steps + 1), desc=name, unit="it"), [], 0, {}
     for step in bar:
         if step > 0:
-            generator = seeded(settings.seed, TRAINING, step)
-            row = iterate(model, adapter, optimizer, method, groups, generator)
+            row = iterate(model, adapter, optimizer, method, groups, seeded(seed, TRAINING, step))
             append_row(folder / f"{name}.csv", {"step": step} | row)
             recent, skipped = [*recent[-9:], row["reward"]], skipped + row["skipped"]
-            shown = {"buffer reward" if method.buffered else "training reward":
-                     f"{sum(recent) / len(recent):+.2f}", "clipped": f"{row['clip_fraction']:.0%}"}
-            shown |= {"not finite": skipped} if skipped else {}
-        if step % settings.judge_every == 0 or step == settings.steps:
+            shown["buffer reward" if method.buffered else "training reward"] = (
+                f"{sum(recent) / len(recent):+.2f}")
+            shown["clipped"] = f"{row['clip_fraction']:.0%}"
+        if step % judge_every == 0 or step == method.steps:
             with adapter.on(model):
-                judged = judge_model()
-            curve.append({"step": step} | {k: v.mean().item() for k, v in judged.items()})
-            append_row(folder / f"{name}-curve.csv", curve[-1])
+                point = {name: value.mean().item() for name, value in judge_model().items()}
+            append_row(folder / f"{name}-curve.csv", {"step": step} | point)
             adapter.save(folder / f"{name}.safetensors", model)
-        bar.set_postfix(shown | {"held-out reward": f"{curve[-1]['reward']:+.2f}"})
-    return adapter, curve, skipped
+            shown["held-out reward"] = f"{point['reward']:+.2f}"
+        bar.set_postfix(shown | ({"not finite": skipped} if skipped else {}))
+    return adapter, skipped
 
 
 # ------------------------------------------------------------------ merging and the choice of s
@@ -807,15 +792,25 @@ def held_out(model: Generator, reward: Callable, samples: int, seed: int,
     return clips, evaluate(clips, prompts, reward)
 
 
-def table(results: dict[str, dict[str, Tensor]], marked: str) -> str:
-    """Markdown: means per model, then the paired change from the first ± its standard error over
-    prompts, for reward and judge."""
-    first, rows = next(iter(results.values())), [["model", *COLUMNS, "Δ reward", "Δ judge"]]
-    for name, scores in results.items():
-        change = [scores[c] - first[c] for c in ("reward", "judge")]
-        rows.append([name + " *" * (name == marked), *(f"{scores[c].mean():.3f}" for c in COLUMNS),
-                     *(f"{d.mean():+.3f} ± {d.std() / len(d) ** 0.5:.3f}" for d in change)])
-    return markdown(rows)
+def compare(model: Generator, reward: Callable, adapters: dict[str, Adapter], sweep: list[float],
+            samples: int, seed: int) -> tuple[str, dict[str, Adapter], dict, dict]:
+    """Judge the base, the adapters and, given both of the recipe, their merges (the rows of Tables
+    1 and 3), on the same noise -> the chosen model ("" if nothing was merged); models, clips and
+    scores by name."""
+    models, strengths, clips, results = {"base": None} | adapters, {}, {}, {}
+    if {"on-policy", "semi"} <= set(adapters):
+        on, semi = adapters["on-policy"], adapters["semi"]
+        strengths = {f"s = {s:g}": s for s in sweep}
+        merged = {name: merge_adapters((semi, 1.0), (on, s)) for name, s in strengths.items()}
+        models = {"base": None, "semi": semi} | merged | {"on-policy": on}
+    for name, adapter in tqdm(models.items(), desc="judging", unit="model"):
+        with adapter.on(model) if adapter else nullcontext():
+            clips[name], results[name] = held_out(model, reward, samples, seed, JUDGING)
+    both = {name: (scores["reward"].mean().item(), scores["judge"].mean().item())
+            for name, scores in results.items()}
+    s = choose_strength({s: both[name] for name, s in strengths.items()}, both["base"])
+    chosen = "" if not strengths else "semi" if s is None else f"s = {s:g}"
+    return chosen, models, clips, results
 
 
 # ------------------------------------------------------------------ command line
@@ -845,8 +840,8 @@ def run(settings: Settings, own: dict[str, Method] | None = None) -> int:
     """
     began, folder = time.perf_counter(), Path(settings.out or time.strftime("runs/%Y%m%d-%H%M%S"))
     check_folder(folder, new=True)
-    sweep, buffer_weights = parse_sweep(settings.sweep), parse_weights(settings.buffer_weights,
-                                                                       "buffer_weights")
+    sweep = parse_sweep(settings.sweep)
+    buffer_weights = parse_weights(settings.buffer_weights, "buffer_weights")
     model, scorer, reward = load(settings)
     about = {"base": fingerprint(model), "clip": fingerprint(scorer.model), "flow": model.flow,
              "buffer_weights": buffer_weights, "group": settings.group, "sigma": settings.sigma,
@@ -856,10 +851,11 @@ def run(settings: Settings, own: dict[str, Method] | None = None) -> int:
     record = dataclasses.asdict(settings) | {"reward_scales": reward.scales}
     (folder / "settings.json").write_text(json.dumps(record, indent=1) + "\n")
 
+    def judge_model() -> dict[str, Tensor]:
+        return held_out(model, reward, min(2, settings.judge_samples), settings.seed, CURVE)[1]
     names = [settings.method] if settings.method else ["on-policy", "semi"]
-    chosen = own or {name: methods(settings)[name] for name in names}
-    adapters, lines, skipped, samples = {}, [], 0, min(2, settings.judge_samples)
-    for name, method in chosen.items():
+    adapters, skipped = {}, 0
+    for name, method in (own or {name: methods(settings)[name] for name in names}).items():
         if method.buffered and buffer is None:
             buffer = collect_buffer(model, method, TRAIN_PROMPTS, reward.reweighted(buffer_weights),
                                     settings.buffer_groups, settings.seed)
@@ -869,66 +865,52 @@ def run(settings: Settings, own: dict[str, Method] | None = None) -> int:
             if method.buffered:
                 return draw_from(buffer, method.prompts, generator)
             return explore(model, method, TRAIN_PROMPTS, reward, method.prompts, generator)
-        judge_model = lambda: held_out(model, reward, samples, settings.seed, CURVE)[1]
-        adapters[name], curve, lost = align(name, model, method, groups, judge_model, settings,
-                                            folder)
+        adapters[name], lost = align(name, model, method, groups, judge_model,
+                                     settings.judge_every, settings.seed, folder)
         skipped += lost
-        lines += [f"- {name}: {key} " + ", ".join(f"{row[key]:.3f}" for row in curve)
-                  + f" at iterations {', '.join(str(row['step']) for row in curve)}"
-                  for key in ("reward", "judge")]
-    lines.insert(0, f"Held-out curves, on {samples * len(HELD_OUT_PROMPTS)} clips with other noise "
-                    "than the table (NAME-curve.csv):\n")
-    lines += ["", f"{(time.perf_counter() - began) / 60:.1f} minutes to load and train on "
-                  f"{model.device}, {settings.precision}."]
-    finite = compare(model, reward, adapters, sweep, settings, folder, "\n".join(lines))
-    print(f"{(time.perf_counter() - began) / 60:.1f} minutes in all; run folder: {folder}")
+    trained = time.perf_counter() - began
+    chosen, models, clips, results = compare(model, reward, adapters, sweep, settings.judge_samples,
+                                             settings.seed)
+    if chosen:
+        models[chosen].save(folder / "merged.safetensors", model)
+    write_report(folder, chosen, clips, results,
+                 f"{trained / 60:.1f} minutes to load and train on {model.device} "
+                 f"({settings.precision}), {(time.perf_counter() - began) / 60:.1f} in all.")
+    finite = all(scores[c].isfinite().all() for scores in results.values() for c in COLUMNS)
     if skipped or not finite:
         print(f"arcopo: not finite: {skipped} updates were skipped"
               + ("" if finite else ", and the table has NaN or infinity"), file=sys.stderr)
     return int(skipped > 0 or not finite)
 
 
-def compare(model: Generator, reward: Callable, adapters: dict[str, Adapter], sweep: list[float],
-            settings: Settings, folder: Path, notes: str) -> bool:
-    """Judge the base, the adapters and, given both, their merges, on the same noise; choose s.
-    Writes judged.csv, report.md (also printed), merged.safetensors, models.gif. False: not finite.
-    """
-    models, strengths = {"base": None} | adapters, {}
-    if {"on-policy", "semi"} <= set(adapters):                      # the rows of Tables 1 and 3
-        on, semi = adapters["on-policy"], adapters["semi"]
-        strengths = {f"s = {s:g}": s for s in sweep}
-        merged = {name: merge_adapters((semi, 1.0), (on, s)) for name, s in strengths.items()}
-        models = {"base": None, "semi": semi} | merged | {"on-policy": on}
-    clips, results = {}, {}
-    for name, adapter in tqdm(models.items(), desc="judging", unit="model"):
-        with adapter.on(model) if adapter else nullcontext():
-            clips[name], results[name] = held_out(model, reward, settings.judge_samples,
-                                                  settings.seed, JUDGING)
-        means = {column: results[name][column].mean().item() for column in COLUMNS}
+def write_report(folder: Path, chosen: str, clips: dict[str, Tensor],
+                 results: dict[str, dict[str, Tensor]], duration: str) -> None:
+    """Write judged.csv, report.md (also printed) and models.gif."""
+    rows, base = [["model", *COLUMNS, "Δ reward", "Δ judge"]], results["base"]
+    for name, scores in results.items():
+        means = {column: scores[column].mean().item() for column in COLUMNS}
         append_row(folder / "judged.csv", {"model": name} | means)
-    chosen, rule, shown = "", "", list(models)
-    if strengths:
-        both = {name: (scores["reward"].mean().item(), scores["judge"].mean().item())
-                for name, scores in results.items()}
-        s = choose_strength({s: both[name] for name, s in strengths.items()}, both["base"])
-        chosen = "semi" if s is None else f"s = {s:g}"
-        models[chosen].save(folder / "merged.safetensors", model)
-        rule = ("\\* no s improves both reward and judge over the base: semi alone (s = 0)\n\n"
-                if s is None else
-                "\\* the largest s that improves both reward and judge over the base\n\n")
-        shown = list(dict.fromkeys(["base", "on-policy", "semi", chosen]))
-    step = 3 * settings.judge_samples                               # shown: every third prompt
-    report = (f"{len(clips['base'])} clips of {len(HELD_OUT_PROMPTS)} held-out prompts, the same "
-              f"noise for all models; Δ: change from the base ± standard error over prompts; "
-              f"area in px², displacement and spread in px.\n\n{table(results, chosen)}\n\n{rule}"
-              f"{notes}\n\nmodels.gif: {', '.join(shown)}; prompts, by row:\n\n"
-              + "".join(f"- {a}; {b}\n" for a, b in zip(HELD_OUT_PROMPTS[::6],
-                                                         HELD_OUT_PROMPTS[3::6])))
+        change = [scores[c] - base[c] for c in ("reward", "judge")]
+        rows.append([name + " *" * (name == chosen), *(f"{mean:.3f}" for mean in means.values()),
+                     *(f"{d.mean():+.3f} ± {d.std() / len(d) ** 0.5:.3f}" for d in change)])
+    shown = [name for name in results if name == chosen or not name.startswith("s = ")]
+    samples = len(clips["base"]) // len(HELD_OUT_PROMPTS)
+    prompts = zip(HELD_OUT_PROMPTS[::6], HELD_OUT_PROMPTS[3::6])
+    parts = [f"{samples} clips of each of {len(HELD_OUT_PROMPTS)} held-out prompts, the same noise "
+             "for all models; Δ: change from the base ± standard error over prompts; area in px², "
+             "displacement and spread in px.", markdown(rows)]
+    if chosen:
+        parts.append("\\* " + ("no s improves both reward and judge over the base: s = 0"
+                               if chosen == "semi" else
+                               "the largest s that improves both reward and judge over the base"))
+    parts += ["NAME-curve.csv: the same columns along training, on fewer clips with other noise.",
+              f"models.gif: {', '.join(shown)}; prompts by row:",
+              "\n".join(f"- {left}; {right}" for left, right in prompts), duration]
+    report = "\n\n".join(parts) + "\n"
     (folder / "report.md").write_text(report, encoding="utf-8")
-    print("\n" + report)
-    save_gif({name: clips[name][::step].unflatten(0, (4, 2)) for name in shown},
+    print(f"\n{report}Run folder: {folder}")
+    save_gif({name: clips[name][:: 3 * samples].unflatten(0, (4, 2)) for name in shown},
              folder / "models.gif")
-    return all(values[c].isfinite().all() for values in results.values() for c in COLUMNS)
 
 
 def stream(settings: Settings) -> int:
@@ -954,18 +936,7 @@ def stream(settings: Settings) -> int:
 
 def parse(arguments: list | None = None, description: str = __doc__.split("\n\n")[0]) -> Settings:
     """Command-line arguments, as strings, numbers or paths, -> Settings. Raises UserError."""
-    parser = Parser(description=description)
-    for f in dataclasses.fields(Settings):
-        if f.name in SECTIONS:
-            section = parser.add_argument_group(SECTIONS[f.name])
-        default = str(f.default).replace(str(ASSETS), ASSETS.name)
-        text = f.metadata["text"] + (f" [{default}]" if default else "")
-        text += f" (paper: {f.metadata['paper']})" if f.metadata["paper"] else ""
-        kind = nonempty if f.type is str else f.type
-        section.add_argument("--" + f.name.replace("_", "-"), type=kind, help=text,
-                             metavar={int: "N", float: "X", str: "TEXT"}[f.type],
-                             default=argparse.SUPPRESS)
-    return Settings(**vars(parser.parse_args(arguments and [str(a) for a in arguments])))
+    return parse_options(Settings, SECTIONS, arguments, description)
 
 
 def main(arguments: list | None = None) -> int:

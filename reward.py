@@ -18,6 +18,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import field, fields
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -43,13 +44,8 @@ class Parser(argparse.ArgumentParser):
     """argparse, with every error a UserError."""
 
     def __init__(self, description: str):
-        super().__init__(
-            description=description,
-            allow_abbrev=False,
-            formatter_class=lambda prog: argparse.HelpFormatter(
-                prog, width=120, max_help_position=28
-            ),
-        )
+        wide = lambda prog: argparse.HelpFormatter(prog, width=120, max_help_position=28)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=wide)
 
     def error(self, message: str):
         raise UserError(f"{message}; --help lists the settings")
@@ -60,6 +56,51 @@ def nonempty(value: str) -> str:
     if not value:
         raise argparse.ArgumentTypeError("must not be empty")
     return value
+
+
+def option(default, text: str, valid: str = "", paper: str = ""):
+    """A setting, as the field of a dataclass. valid: an interval such as (0, 1], or the allowed
+    words, as "a | b"; paper: the paper's value."""
+    return field(default=default, metadata={"text": text, "valid": valid, "paper": paper})
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_options(settings) -> None:
+    """Hold a dataclass of options against their valid values. Raises UserError."""
+    for f in fields(settings):
+        value, valid = getattr(settings, f.name), f.metadata["valid"]
+        if valid[:1] in ("[", "("):
+            low, high = map(float, valid[1:-1].split(","))
+            ends = [end for end, closed in ((low, "[" in valid), (high, "]" in valid)) if closed]
+            if not (low < value < high or value in ends):
+                raise UserError(f"{flag(f.name)} {value}: must be in {valid}")
+        elif valid and value not in ("", *valid.split(" | ")):
+            raise UserError(f"{flag(f.name)} {value}: must be one of {valid}")
+
+
+def parse_options(cls: type, sections: dict[str, str], arguments: list | None, description: str):
+    """Command-line arguments, as strings, numbers or paths, -> a dataclass of options.
+
+    sections: {first option of a section of --help: its title}. Raises UserError.
+    """
+    parser = Parser(description)
+    for f in fields(cls):
+        if f.name in sections:
+            section = parser.add_argument_group(sections[f.name])
+        default = str(f.default).replace(str(ASSETS), ASSETS.name)
+        text = f.metadata["text"] + (f" [{default}]" if default else "")
+        text += f" (paper: {f.metadata['paper']})" if f.metadata["paper"] else ""
+        section.add_argument(
+            flag(f.name),
+            type=nonempty if f.type is str else f.type,
+            help=text,
+            metavar={int: "N", float: "X", str: "TEXT"}[f.type],
+            default=argparse.SUPPRESS,
+        )
+    return cls(**vars(parser.parse_args(arguments and [str(a) for a in arguments])))
 
 
 def check_folder(folder: Path, new: bool = False) -> None:
