@@ -29,6 +29,7 @@ shape [N, *chunk_shape] = [N, frames, 3, height, width].
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import sys
@@ -89,6 +90,7 @@ class Settings:
 
     buffer_groups: int = option(100, "rollout groups in the buffer", "[1, inf)", "100")
     buffer: str = option("", "buffer.safetensors of an earlier run instead of collecting one")
+    buffer_lr: float = option(5e-5, "learning rate of AdamW with the buffer", "(0, inf)", "1e-5")
     buffer_weights: str = option("ta=1", "reward weights of the buffer", paper="text alignment")
     sweep: str = option("0.4,0.6,0.8,1", "strengths s of the on-policy adapter", paper="0.4 to 1")
 
@@ -96,8 +98,6 @@ class Settings:
                        "ViT-B-32:laion2b_s34b_b79k", paper="VideoAlign")
     reward_weights: str = option("ta=1,vq=1,mq=1", "weights of text alignment, visual and motion "
                                  "quality", paper="1 each")
-    reward_noise: float = option(0.0, "deviation of Gaussian noise added to each on-policy reward",
-                                 "[0, inf)")
     judge_samples: int = option(8, "clips of each held-out prompt in the final table", "[1, inf)")
     judge_every: int = option(20, "iterations between points of the held-out curve", "[1, inf)")
 
@@ -114,20 +114,23 @@ class Settings:
             raise UserError(f"--anchors {self.anchors}: must be at most --group ({self.group})")
 
 
-def seeded(seed: int, *stream: int) -> torch.Generator:
-    """A random generator for (seed, stream), on the CPU: the same noise on every device."""
-    for number in stream:
-        seed = (seed * 1_000_003 + number) % 2**63
-    return torch.Generator().manual_seed(seed)
+def seeded(seed: int, *stream: str | int) -> torch.Generator:
+    """A random generator for (seed, *stream), on the CPU: the same noise on every device.
 
-
-ADAPTER, TRAINING, CALIBRATION, JUDGING, SAMPLING, BUFFER, CURVE, STUDY = range(1, 9)     # streams
+    A hash of them fills the state of the Mersenne Twister: manual_seed would keep 32 bits.
+    """
+    generator = torch.Generator()
+    state = generator.get_state()
+    words = hashlib.shake_256(repr((seed, *stream)).encode()).digest(4 * 624)
+    words = torch.frombuffer(bytearray(words), dtype=torch.uint32).long().view(torch.uint8)
+    state[24 : 24 + len(words)] = words             # after the seed and two counters
+    return generator.set_state(state)
 
 
 # ------------------------------------------------------------------ generator
 
 PATCH = 8
-TIMESTEPS = (1.0, 0.3, 0.15, 0.07)      # Departure: lower than the times of distillation, so that
+TIMESTEPS = (1.0, 0.1, 0.05, 0.02)      # Departure: lower than the times of distillation, so that
                                         # the solver noise decides little, as in the paper's Fig. 6
 
 
@@ -188,21 +191,26 @@ class Generator(nn.Module):
 
     chunk_shape, chunks = (CHUNK_FRAMES, 3, SIZE, SIZE), CHUNKS
 
-    def __init__(self, width: int = 192, layers: int = 6, heads: int = 3,
+    def __init__(self, width: int = 256, layers: int = 5, heads: int = 4,
                  timesteps: tuple = TIMESTEPS, flow: bool = False, bf16: bool = False):
         super().__init__()
         self.width, self.layers, self.heads = width, layers, heads
         self.timesteps, self.flow, self.bf16 = tuple(timesteps), flow, bf16
-        self.tokens = CHUNK_FRAMES * (SIZE // PATCH) ** 2               # of a chunk
-        self.patch = nn.Linear(3 * PATCH**2, width)
+        self.tokens = (SIZE // PATCH) ** 2      # of a chunk: a patch spans its frames
+        channels = CHUNK_FRAMES * 3
+        self.patch = nn.Linear(channels * PATCH**2, width)
         self.position = nn.Parameter(0.02 * torch.randn(CHUNKS, self.tokens, width))
         self.word = nn.Embedding(len(COLOURS) + len(SHAPES) + len(MOTIONS), width)
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.table = nn.Parameter(torch.randn(2, width) / width**0.5)
-        self.head = nn.Linear(width, 3 * PATCH**2)
+        self.head = nn.Linear(width, channels * PATCH**2)
+        self.smooth = nn.Sequential(nn.Conv2d(channels, 32, 3, padding=1), nn.GELU(),
+                                    nn.Conv2d(32, channels, 3, padding=1))     # across patches
         nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.smooth[2].weight)
+        nn.init.zeros_(self.smooth[2].bias)
 
     @property
     def device(self) -> torch.device:
@@ -240,7 +248,7 @@ class Generator(nn.Module):
             angle = 1000 * t[:, None] * frequency
             condition = self.time(torch.cat([angle.cos(), angle.sin()], -1)) + context.words
             modulation = self.modulation(condition).view(N, 6, self.width)
-            y = x.reshape(N, CHUNK_FRAMES, 3, side, PATCH, side, PATCH).permute(0, 1, 3, 5, 2, 4, 6)
+            y = x.reshape(N, -1, side, PATCH, side, PATCH).permute(0, 2, 4, 1, 3, 5)
             y = self.patch(y.reshape(N, self.tokens, -1))               # [N, K, W]
             y = y + self.position[p] + context.words[:, None]
             kv = []
@@ -249,8 +257,9 @@ class Generator(nn.Module):
                 kv.append(new)
             shift, scale = (condition[:, None] + self.table)[:, :, None].unbind(1)
             y = self.head(F.layer_norm(y, (self.width,)) * (1 + scale) + shift).float()
-        y = y.view(N, CHUNK_FRAMES, side, side, 3, PATCH, PATCH).permute(0, 1, 4, 2, 5, 3, 6)
-        return y.reshape(x.shape), kv
+        y = y.view(N, side, side, -1, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
+        y = y.reshape(N, -1, SIZE, SIZE)                                # the frames, from patches
+        return (y + self.smooth(y)).view(x.shape), kv
 
 
 def parse_times(times) -> tuple[float, ...]:
@@ -539,7 +548,6 @@ class Method:
     tau: float              # τ₀ of Eq. 5, per element
     quasi_norm: float
     floor: float
-    reward_noise: float
     steps: int              # iterations
     lr: float               # of AdamW
     rank: int               # of the adapter
@@ -621,7 +629,7 @@ def collect_buffer(model: Generator, method: Method, prompts: list[str], reward:
     """`size` groups of the reference policy (no adapter may be on); chunks in half precision."""
     found, bar = {}, tqdm(total=size, desc="buffer", unit="group")
     for first in range(0, size, method.prompts):
-        P, generator = min(method.prompts, size - first), seeded(seed, BUFFER, first)
+        P, generator = min(method.prompts, size - first), seeded(seed, "buffer", first)
         pivot, branches, scores = explore(model, method, prompts, reward, P, generator)
         half = {"states": branches.states.half(), "candidates": branches.candidates.half()}
         entry = branches.context._asdict() | half | {"reward": scores["reward"]}
@@ -688,9 +696,6 @@ def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer
     for _ in range(draws):
         with nullcontext() if method.buffered else adapter.on(model):
             pivot, branches, scores = groups(generator)
-        if not method.buffered:
-            noise = torch.randn(scores["reward"].shape, generator=generator).to(model.device)
-            scores["reward"] = scores["reward"] + method.reward_noise * noise
         deviation = scores["reward"].std(1, correction=0)
         row = {"pivot": pivot + 1} | {name: value.mean().item() for name, value in scores.items()}
         row |= {"deviation": deviation.mean().item(),
@@ -710,12 +715,13 @@ def align(name: str, model: Generator, method: Method, groups: Callable, judge_m
     Writes NAME.csv (a row per iteration), NAME-curve.csv (what judge_model() returns, every few
     iterations) and NAME.safetensors into the folder.
     """
-    adapter = Adapter.new(model, method.rank, method.alpha, seeded(seed, ADAPTER))
+    kind = "buffered" if method.buffered else "explored"    # methods of a kind share their streams
+    adapter = Adapter.new(model, method.rank, method.alpha, seeded(seed, kind, "adapter"))
     optimizer = torch.optim.AdamW(adapter.parameters(), method.lr, weight_decay=0)
     bar, recent, skipped, shown = tqdm(range(method.steps + 1), desc=name, unit="it"), [], 0, {}
     for step in bar:
         if step > 0:
-            row = iterate(model, adapter, optimizer, method, groups, seeded(seed, TRAINING, step))
+            row = iterate(model, adapter, optimizer, method, groups, seeded(seed, kind, step))
             append_row(folder / f"{name}.csv", {"step": step} | row)
             recent, skipped = [*recent[-9:], row["reward"]], skipped + row["skipped"]
             shown["buffer reward" if method.buffered else "training reward"] = (
@@ -785,7 +791,7 @@ def evaluate(clips: Tensor, prompts: list[str], reward: Callable) -> dict[str, T
 
 
 def held_out(model: Generator, reward: Callable, samples: int, seed: int,
-             stream: int) -> tuple[Tensor, dict[str, Tensor]]:
+             stream: str) -> tuple[Tensor, dict[str, Tensor]]:
     """`samples` clips of each held-out prompt, and their evaluation."""
     prompts = [prompt for prompt in HELD_OUT_PROMPTS for _ in range(samples)]
     clips = sample_batches(model, prompts, seeded(seed, stream))
@@ -805,7 +811,7 @@ def compare(model: Generator, reward: Callable, adapters: dict[str, Adapter], sw
         models = {"base": None, "semi": semi} | merged | {"on-policy": on}
     for name, adapter in tqdm(models.items(), desc="judging", unit="model"):
         with adapter.on(model) if adapter else nullcontext():
-            clips[name], results[name] = held_out(model, reward, samples, seed, JUDGING)
+            clips[name], results[name] = held_out(model, reward, samples, seed, "judging")
     both = {name: (scores["reward"].mean().item(), scores["judge"].mean().item())
             for name, scores in results.items()}
     s = choose_strength({s: both[name] for name, s in strengths.items()}, both["base"])
@@ -823,20 +829,24 @@ def load(settings: Settings) -> tuple[Generator, ClipReward, WeightedReward]:
     device, weights = choose_device(settings.device), parse_weights(settings.reward_weights)
     model = load_generator(settings.base, device, settings.precision == "bf16", settings.timesteps)
     scorer = ClipReward(settings.clip, device)
-    clips = sample_batches(model, TRAIN_PROMPTS, seeded(0, CALIBRATION))     # for all seeds
+    clips = sample_batches(model, TRAIN_PROMPTS, seeded(0, "calibration"))     # for all seeds
     return model, scorer, WeightedReward(scorer, weights, clips, TRAIN_PROMPTS)
 
 
 def methods(settings: Settings) -> dict[str, Method]:
     plain = {f.name: getattr(settings, f.name) for f in dataclasses.fields(Method)[:-1]}
+    buffered = plain | {"lr": settings.buffer_lr, "buffered": True}
     return {"on-policy": Method(**plain),                                           # Sec. 3.2
-            "semi": Method(**plain, buffered=True),                                 # Sec. 3.3
-            "off-policy": Method(**plain | {"clip_range": math.inf}, buffered=True)}    # Table 2
+            "semi": Method(**buffered),                                             # Sec. 3.3
+            "off-policy": Method(**buffered | {"clip_range": math.inf})}            # Table 2
 
 
-def run(settings: Settings, own: dict[str, Method] | None = None) -> int:
+def run(settings: Settings, own: dict[str, Method] | None = None,
+        wrap: Callable = lambda reward: reward) -> int:
     """Train the recipe's two adapters, or one by settings.method, or by the methods in `own`;
     judge them, and write all outputs to a run folder. Returns 0, or 1 if numbers were not finite.
+
+    wrap: from the reward to the one that on-policy training sees; the reports have the former.
     """
     began, folder = time.perf_counter(), Path(settings.out or time.strftime("runs/%Y%m%d-%H%M%S"))
     check_folder(folder, new=True)
@@ -852,7 +862,8 @@ def run(settings: Settings, own: dict[str, Method] | None = None) -> int:
     (folder / "settings.json").write_text(json.dumps(record, indent=1) + "\n")
 
     def judge_model() -> dict[str, Tensor]:
-        return held_out(model, reward, min(2, settings.judge_samples), settings.seed, CURVE)[1]
+        return held_out(model, reward, min(2, settings.judge_samples), settings.seed, "curve")[1]
+    trained_on = wrap(reward)
     names = [settings.method] if settings.method else ["on-policy", "semi"]
     adapters, skipped = {}, 0
     for name, method in (own or {name: methods(settings)[name] for name in names}).items():
@@ -864,7 +875,7 @@ def run(settings: Settings, own: dict[str, Method] | None = None) -> int:
         def groups(generator: torch.Generator, method: Method = method):
             if method.buffered:
                 return draw_from(buffer, method.prompts, generator)
-            return explore(model, method, TRAIN_PROMPTS, reward, method.prompts, generator)
+            return explore(model, method, TRAIN_PROMPTS, trained_on, method.prompts, generator)
         adapters[name], lost = align(name, model, method, groups, judge_model,
                                      settings.judge_every, settings.seed, folder)
         skipped += lost
@@ -924,7 +935,7 @@ def stream(settings: Settings) -> int:
                            settings.precision == "bf16", settings.timesteps)
     with Adapter.load(settings.adapter, model).on(model) if settings.adapter else nullcontext():
         context, chunks = model.begin([settings.sample]), []
-        noise = draw_noise(model, 1, seeded(settings.seed, SAMPLING))
+        noise = draw_noise(model, 1, seeded(settings.seed, "sampling"))
         for p in tqdm(range(model.chunks), desc="streaming", unit="chunk"):
             new, context = rollout(model, context, noise, p, p + 1)
             chunks += new

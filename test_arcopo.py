@@ -256,7 +256,7 @@ def one_pass(model: Generator, x, t, prompts) -> tuple[torch.Tensor, torch.Tenso
     condition = model.time(torch.cat([angle.cos(), angle.sin()], -1)) + words[:, None]  # [N, L, W]
     modulation = model.modulation(condition).view(N, L, 1, 6, W)
     y = x.view(N, L, F, C, side, arcopo.PATCH, side, arcopo.PATCH)
-    y = torch.einsum("nlfcapbq->nlfabcpq", y).reshape(N, L, K, -1)
+    y = torch.einsum("nlfcapbq->nlabfcpq", y).reshape(N, L, K, -1)
     y = model.patch(y) + model.position[:L] + words[:, None, None]
     chunk = torch.arange(L).repeat_interleave(K)
     mask, kv = chunk[:, None] >= chunk, []
@@ -272,8 +272,9 @@ def one_pass(model: Generator, x, t, prompts) -> tuple[torch.Tensor, torch.Tenso
         kv.append(torch.stack([k, v], 1))
     a, b = (condition[:, :, None] + model.table).unbind(2)
     y = model.head(nn.functional.layer_norm(y, (W,)) * (1 + b[:, :, None]) + a[:, :, None])
-    y = y.view(N, L, F, side, side, C, arcopo.PATCH, arcopo.PATCH)
-    return torch.einsum("nlfabcpq->nlfcapbq", y).reshape(x.shape), torch.stack(kv, 1)
+    y = y.view(N, L, side, side, F, C, arcopo.PATCH, arcopo.PATCH)
+    y = torch.einsum("nlabfcpq->nlfcapbq", y).reshape(N * L, F * C, S, S)
+    return (y + model.smooth(y)).view(x.shape), torch.stack(kv, 1)
 
 
 def test_cached_prediction_equals_one_pass_with_the_block_causal_mask():
@@ -360,10 +361,9 @@ def test_sde_branches_differ_in_the_pivots_solver_noise_alone():
     initial = noise.initial[:, pivot, None].expand(-1, group, -1, -1, -1, -1)
     assert torch.equal(branches.states[:, 0], initial)
     assert all((branches.states[:, i, 1:] != branches.states[:, i, :1]).any() for i in (1, 2, 3))
-    generator, solver = seeded(0, 1), noise.solver[:, None].repeat_interleave(group, 1)
-    for i in range(3):
-        own = neighbor_noise(noise.solver[:, pivot, i], 1.0, group, generator)
-        solver[:, :, pivot, i] = own.transpose(0, 1)
+    solver = noise.solver[:, None].repeat_interleave(group, 1)
+    own = neighbor_noise(noise.solver[:, pivot], 1.0, group, seeded(0, 1))
+    solver[:, :, pivot] = own.transpose(0, 1)
     for b in range(group):
         plain = sample(model, PROMPTS, noise._replace(solver=solver[:, b]))
         assert torch.allclose(plain, clips[:, b], atol=1e-5)
@@ -407,7 +407,8 @@ def test_the_shipped_base_is_good_imperfect_and_every_pivot_matters(clip):
     model = arcopo.load_generator(HERE / "assets" / "base.safetensors")
     clips = sample(model, HELD_OUT_PROMPTS, draw_noise(model, 24, seeded(0)))
     scores = judge(clips, HELD_OUT_PROMPTS)
-    assert 0.6 < scores["all_right"].mean() < 1 and 0.4 < scores["visual"].mean() < 0.8
+    assert scores["all_right"].mean() > 0.85 and scores["motion_quality"].mean() > 0.45
+    assert 0.65 < scores["visual"].mean() < 0.8
     scorer = reward.WeightedReward(clip, {"ta": 1.0, "vq": 1.0, "mq": 1.0}, clips, HELD_OUT_PROMPTS)
     for pivot in range(CHUNKS):
         rewards = scorer(
@@ -416,6 +417,42 @@ def test_the_shipped_base_is_good_imperfect_and_every_pivot_matters(clip):
         assert (
             rewards.std(1, correction=0).mean() > 0.03
         )  # a world whose first chunk decides all gives less than 0.02
+
+
+def test_no_two_random_streams_coincide():
+    """Those of 1,000 runs, of pre-training and of studies; seeds beyond 32 and 63 bits too."""
+    streams = [(name,) for name in ("calibration", "judging", "curve", "sampling", "study")]
+    streams += [
+        (kind, part) for kind in ("explored", "buffered") for part in ("adapter", *range(9))
+    ]
+    streams += [("buffer", first) for first in range(0, 20, 4)] + [("teacher", 0), ("student", 0)]
+    seeds = [
+        *range(990),
+        *(2**k for k in (31, 32, 33, 62, 63)),
+        -1,
+        2**32 + 1,
+        10**18,
+        11**18,
+        12**18,
+    ]
+    drawn = [
+        torch.randint(2**62, (2,), generator=seeded(seed, *stream)).tolist()
+        for seed in seeds
+        for stream in streams
+    ]
+    assert len({tuple(numbers) for numbers in drawn}) == len(drawn) == 1000 * 32
+    assert not torch.equal(
+        torch.randn(3, generator=seeded(1, 23)), torch.randn(3, generator=seeded(12, 3))
+    )
+    assert torch.equal(
+        torch.randn(3, generator=seeded(0, "a")), torch.randn(3, generator=seeded(0, "a"))
+    )
+
+
+def test_hashed_streams_are_random():
+    """The generator's state is really filled: mean, deviation and correlation of two streams."""
+    x, y = (torch.randn(100_000, generator=seeded(0, "judging", i)) for i in range(2))
+    assert abs(x.mean()) < 0.02 and abs(x.std() - 1) < 0.02 and abs((x * y).mean()) < 0.02
 
 
 # ------------------------------------------------------------------ objective
@@ -649,7 +686,7 @@ def test_every_method_changes_only_the_adapter(method):
 def test_the_buffer_comes_from_the_reference():
     """An entry is the fork of the base itself, with the reward of its clips."""
     model, method = tiny(), tiny_method("semi")
-    generator = seeded(0, arcopo.BUFFER, 0)
+    generator = seeded(0, "buffer", 0)
     pivot, branches, scores = explore(model, method, TRAIN_PROMPTS, brightness, 2, generator)
     groups = tiny_buffer(model, size=2)[pivot]
     assert torch.equal(groups["kv"], branches.context.kv) and torch.equal(
@@ -957,11 +994,11 @@ def test_script_runs_the_recipe_and_samples_from_its_adapter(tmp_path, tiny_base
         "semi *" if s is None else f"s = {s:g} *"
     ) in done.stdout and "both reward and judge over the base" in done.stdout
     model = arcopo.load_generator(tiny_base, bf16=False)
-    reference = sample_batches(model, TRAIN_PROMPTS, seeded(0, arcopo.CALIBRATION))
+    reference = sample_batches(model, TRAIN_PROMPTS, seeded(0, "calibration"))
     scorer = ClipReward(str(ASSETS / "clip"), "cpu")
     text = WeightedReward(scorer, {"ta": 1.0}, reference, TRAIN_PROMPTS)
     method = tiny_method("semi", group=3)
-    method.sigma, generator = 0.25, seeded(0, arcopo.BUFFER, 0)
+    method.sigma, generator = 0.25, seeded(0, "buffer", 0)
     pivot, _, scores = explore(model, method, TRAIN_PROMPTS, text, 2, generator)
     assert torch.allclose(
         load_file(folder / "buffer.safetensors")[f"{pivot}.reward"][:2], scores["reward"], atol=1e-4
@@ -1131,7 +1168,7 @@ def test_pretraining_resumes_to_the_same_weights(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
     run("whole")
-    plain, calls = pretrain.pretrain_loss, []
+    plain, calls = pretrain.draw_batch, []
 
     def dies(*arguments):
         calls.append(1)
@@ -1139,7 +1176,7 @@ def test_pretraining_resumes_to_the_same_weights(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return plain(*arguments)
 
-    monkeypatch.setattr(pretrain, "pretrain_loss", dies)
+    monkeypatch.setattr(pretrain, "draw_batch", dies)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run("broken")

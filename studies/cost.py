@@ -15,8 +15,6 @@ import torch
 from tqdm import tqdm
 
 from arcopo import (
-    ADAPTER,
-    STUDY,
     Adapter,
     draw_noise,
     fork,
@@ -44,9 +42,9 @@ def study(settings) -> int:
     if not model.solver_steps:
         raise UserError("--base, --timesteps: sequence-level GRPO needs a sampler that adds noise")
     P, G = settings.prompts, settings.group
-    adapter = Adapter.new(model, settings.rank, settings.alpha, seeded(settings.seed, ADAPTER))
+    adapter = Adapter.new(model, settings.rank, settings.alpha, seeded(settings.seed, "adapter"))
     optimizer = torch.optim.AdamW(adapter.parameters(), settings.lr, weight_decay=0)
-    rewards = torch.randn(P, G, generator=seeded(settings.seed, STUDY)).to(model.device)
+    rewards = torch.randn(P, G, generator=seeded(settings.seed, "study")).to(model.device)
     method, sde = methods(settings)["on-policy"], sde_grpo(settings)
 
     def seconds(call: Callable) -> tuple[float, object]:
@@ -61,7 +59,7 @@ def study(settings) -> int:
     for step in tqdm(range(ROUNDS + 1), desc="cost", unit="round"):
         row, whole = {}, 0.0
         for p in range(model.chunks):
-            generator = seeded(settings.seed, STUDY, step)
+            generator = seeded(settings.seed, "study", step)
             noise = draw_noise(model, P, generator)
             own = method.branch_noise(noise, p, generator)
             train = lambda m: update(

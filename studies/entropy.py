@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from arcopo import STUDY, draw_noise, fork, load, neighbor_noise, parse, seeded
+from arcopo import draw_noise, fork, load, neighbor_noise, parse, seeded
 from reward import HELD_OUT_PROMPTS, append_row, check_folder, command
 
 GROUP = 4
@@ -30,8 +30,8 @@ def study(settings) -> int:
     lines = [f"{'deviation of the pivot chunk':<28}{'pivot':>6}{'pixels':>9}{'reward':>9}"]
     for pivot in tqdm(range(model.chunks), desc="entropy", unit="pivot"):
         for i, source in enumerate(sources):
-            noise = draw_noise(model, len(HELD_OUT_PROMPTS), seeded(settings.seed, STUDY))
-            generator = seeded(settings.seed, STUDY, i)
+            noise = draw_noise(model, len(HELD_OUT_PROMPTS), seeded(settings.seed, "study"))
+            generator = seeded(settings.seed, "study", i)
             base = [noise.initial[:, pivot], *noise.solver[:, pivot].unbind(1)]
             own = [
                 neighbor_noise(x, float(k + 1 == i), GROUP, generator).transpose(0, 1)

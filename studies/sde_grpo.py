@@ -1,31 +1,56 @@
-"""The baseline of Fig. 2: python -m studies.sde_grpo --steps 100 (arcopo.py's settings).
+"""The baseline of Fig. 2: python -m studies.sde_grpo --steps 100 (arcopo.py's settings, and below).
 
 Branches share the initial noise and differ in the solver noise, whose re-noising is a Gaussian
 policy. To change only the exploration and the policy, it forks at a chunk as AR-CoPO does; the
 papers of SDE-GRPO (Flow-GRPO, DanceGRPO) let whole rollouts differ. All G branches are replayed, at
-the T - 1 steps that add noise.
+the T - 1 steps that add noise; --policy contrastive is AR-CoPO with as many replayed branches.
 """
 
 import math
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+import arcopo
 from arcopo import (
+    SECTIONS,
     Fork,
     Generator,
     Method,
     Noise,
     Settings,
     load_generator,
-    methods,
     neighbor_noise,
-    parse,
     replay,
-    run,
+    seeded,
 )
-from reward import UserError, command
+from reward import UserError, command, option, parse_options
+
+
+LR, CLIP_RANGE = 2e-4, 4e-6
+
+
+@dataclass
+class SdeSettings(Settings):
+    policy: str = option(
+        "gaussian",
+        "gaussian (SDE-GRPO) or contrastive (AR-CoPO, all G anchors)",
+        "gaussian | contrastive",
+    )
+    sde_lr: float = option(LR, "learning rate of SDE-GRPO", "(0, inf)")
+    sde_clip_range: float = option(CLIP_RANGE, "its ε, which clips about as many terms", "(0, inf]")
+    reward_noise: float = option(
+        0.0, "deviation of Gaussian noise added to each training reward", "[0, inf)"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.anchors = self.group
+        if self.method or self.sample or self.buffer:
+            raise UserError("--method, --sample and --buffer: not used by this study")
 
 
 def gaussian_log_density(x: Tensor, mean: Tensor, std: float | Tensor) -> Tensor:
@@ -40,11 +65,8 @@ class SdeGrpo(Method):
     ) -> tuple[Tensor, Tensor]:
         """Only the solver noise differs: [P, G, *chunk_shape], [P, G, T-1, *chunk_shape]."""
         initial = neighbor_noise(noise.initial[:, pivot], 0.0, self.group)
-        solver = [
-            neighbor_noise(step, 1.0, self.group, generator)
-            for step in noise.solver[:, pivot].unbind(1)
-        ]
-        return initial.transpose(0, 1), torch.stack(solver, 2).transpose(0, 1)
+        solver = neighbor_noise(noise.solver[:, pivot], 1.0, self.group, generator)
+        return initial.transpose(0, 1), solver.transpose(0, 1)
 
     def log_policies(self, model: Generator, branches: Fork, anchors: Tensor) -> Tensor:
         """log N(x_s; (1-s) x̂₀^(θ), s² I) of each branch's own re-noising -> [P, T-1, 1, G]; a mean
@@ -56,21 +78,39 @@ class SdeGrpo(Method):
         return density.flatten(3).mean(3)[:, :, None]
 
 
-def sde_grpo(settings: Settings) -> SdeGrpo:
-    return SdeGrpo(**vars(methods(settings)["on-policy"]))
+def sde_grpo(settings: Settings, lr: float = LR, clip_range: float = CLIP_RANGE) -> SdeGrpo:
+    plain = vars(arcopo.methods(settings)["on-policy"])
+    return SdeGrpo(**plain | {"lr": lr, "clip_range": clip_range})
+
+
+def noisy(reward: Callable, deviation: float, generator: torch.Generator) -> Callable:
+    """The reward with Gaussian noise on each clip's total."""
+
+    def call(clips: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        scores = reward(clips, prompts)
+        noise = torch.randn(len(clips), generator=generator).to(scores["reward"])
+        return scores | {"reward": scores["reward"] + deviation * noise}
+
+    return call
 
 
 def main(arguments: list | None = None) -> int:
     def call() -> int:
-        settings = parse(arguments, __doc__.split("\n\n")[0])
-        if settings.method or settings.sample or settings.buffer:
-            raise UserError("--method, --sample and --buffer: not used by this study")
+        settings = parse_options(
+            SdeSettings, SECTIONS | {"policy": "SDE-GRPO"}, arguments, __doc__.split("\n\n")[0]
+        )
         if not load_generator(settings.base, timesteps=settings.timesteps).solver_steps:
             raise UserError(
                 "--base, --timesteps: this sampler adds no noise that SDE-GRPO could "
                 "explore; choose a consistency model with two or more times"
             )
-        return run(settings, {"sde-grpo": sde_grpo(settings)})
+        own = {"sde-grpo": sde_grpo(settings, settings.sde_lr, settings.sde_clip_range)}
+        if settings.policy == "contrastive":
+            own = {"on-policy": arcopo.methods(settings)["on-policy"]}
+        generator = seeded(settings.seed, "reward noise")
+        return arcopo.run(
+            settings, own, lambda reward: noisy(reward, settings.reward_noise, generator)
+        )
 
     return command("sde_grpo", call)
 
