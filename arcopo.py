@@ -75,7 +75,7 @@ class Settings:
                             "fp32 | bf16")
 
     group: int = option(12, "branches G of a fork", "[2, inf)", "12")
-    sigma: float = option(0.25, "radius σ of the neighbours in noise (Eq. 1)", "(0, 1]", "0.5")
+    sigma: float = option(0.5, "radius σ of the neighbours in noise (Eq. 1)", "(0, 1]", "0.5")
     anchors: int = option(4, "anchors B of the G candidates (symmetric sampling)", "[1, inf)", "4")
     updates: int = option(2, "policy updates per iteration", "[1, inf)", "2")
     prompts: int = option(4, "prompts P per iteration", f"[1, {len(TRAIN_PROMPTS)}]", "24 GPUs")
@@ -84,13 +84,13 @@ class Settings:
     quasi_norm: float = option(0.0, "p of the quasi-norm of the advantages; 0: standard deviation",
                                "[0, 2]", "0.8 in Neighbor GRPO")
     floor: float = option(0.02, "least deviation of a group's rewards to divide by", "(0, inf)")
-    lr: float = option(5e-5, "learning rate of AdamW", "(0, inf)", "1e-5")
+    lr: float = option(1e-4, "learning rate of AdamW", "(0, inf)", "1e-5")
     rank: int = option(16, "rank r of the LoRA adapter", "[1, 4096]", "64")
     alpha: float = option(32.0, "α of the LoRA adapter, scaled by α/r", "(0, inf)", "128")
 
     buffer_groups: int = option(100, "rollout groups in the buffer", "[1, inf)", "100")
     buffer: str = option("", "buffer.safetensors of an earlier run instead of collecting one")
-    buffer_lr: float = option(5e-5, "learning rate of AdamW with the buffer", "(0, inf)", "1e-5")
+    buffer_lr: float = option(4e-4, "learning rate of AdamW with the buffer", "(0, inf)", "1e-5")
     buffer_weights: str = option("ta=1", "reward weights of the buffer", paper="text alignment")
     sweep: str = option("0.4,0.6,0.8,1", "strengths s of the on-policy adapter", paper="0.4 to 1")
 

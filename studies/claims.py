@@ -14,39 +14,22 @@ from pathlib import Path
 from reward import Parser, UserError, append_row, check_folder, command, nonempty
 
 HERE = Path(__file__).resolve().parent
-DETERMINISTIC = "--timesteps 1,0.1,0.05,0.02 --steps 40"
 TA = "--reward-weights ta=1"
 SECOND = "runs/second-base"
 RUNS = [  # (claims, run in the CSVs, command; S is the seed)
     ("C1", "entropy", "python -m studies.entropy --seed S"),
     ("C8", "cost", "python -m studies.cost --seed S"),
     ("C2 C3 C6", "recipe", "python arcopo.py --steps 100 --seed S --sweep 0.4,0.6,0.8,1,1.5,2"),
-    ("C2", "sde-grpo", "python -m studies.sde_grpo --lr 2e-4 --steps 100 --seed S"),
     *(
-        ("C2", run, f"python {script} {DETERMINISTIC}{noise} --seed S")
-        for run, noise in (
-            ("deterministic", ""),
-            ("deterministic and noisy", " --reward-noise 0.3"),
-        )
-        for script in ("arcopo.py --method on-policy", "-m studies.sde_grpo --lr 1e-4")
+        ("C2", run, f"python -m studies.sde_grpo --policy {policy} --steps 100{noise} --seed S")
+        for run, noise in (("equal rows", ""), ("equal rows, noisy", " --reward-noise 0.3"))
+        for policy in ("contrastive", "gaussian")
     ),
     *(
-        (
-            "C4",
-            "ta, lr 4e-4",
-            f"python arcopo.py --method {method} {TA} --lr 4e-4 --steps 80 --seed S",
-        )
-        for method in ("on-policy", "semi")
+        ("C4 C5", "ta", f"python arcopo.py --method {method} {TA} --steps 100 --seed S")
+        for method in ("on-policy", "semi", "off-policy")
     ),
-    *(
-        ("C5", "ta", f"python arcopo.py --method {method} {TA} --steps 100 --seed S")
-        for method in ("semi", "off-policy")
-    ),
-    (
-        "C6",
-        "ta, lr 4e-4, merged",
-        f"python arcopo.py {TA} --lr 4e-4 --steps 80 --seed S --sweep 0.2,0.4,0.6,0.8,1",
-    ),
+    ("C6", "ta, merged", f"python arcopo.py {TA} --steps 100 --seed S --sweep 0.2,0.4,0.6,0.8,1"),
     (
         "C7",
         "flow",
@@ -70,7 +53,7 @@ def trained(line: str) -> str:
     """The model that a command adds to results.csv last."""
     words = line.split()
     method = words[words.index("--method") + 1] if "--method" in words else "on-policy"
-    return "sde-grpo" if "studies.sde_grpo" in words else method
+    return "sde-grpo" if "gaussian" in words else method
 
 
 def done(out: Path, run: str, line: str, seed: int) -> bool:
