@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
+from statistics import mean, stdev
 
 import imageio.v3 as iio
 import pytest
@@ -417,6 +418,26 @@ def test_the_shipped_base_is_good_imperfect_and_every_pivot_matters(clip):
         assert (
             rewards.std(1, correction=0).mean() > 0.03
         )  # a world whose first chunk decides all gives less than 0.02
+
+
+def test_the_two_trainings_start_from_different_adapters_and_methods_of_a_kind_share_theirs(
+    tmp_path, monkeypatch
+):
+    model, started = tiny(), {}
+    new = Adapter.new
+    for name in ("on-policy", "semi", "off-policy", "sde-grpo"):
+        monkeypatch.setattr(
+            Adapter,
+            "new",
+            lambda *a: started.setdefault(name, new(*a)),  # noqa: B023
+        )
+        method = replace(tiny_method(name), steps=0)
+        curve = lambda: {"reward": torch.zeros(1)}
+        arcopo.align(name, model, method, None, curve, 1, 0, tmp_path)
+    first = {name: adapter.parameters()[0] for name, adapter in started.items()}
+    assert not torch.equal(first["on-policy"], first["semi"])
+    assert torch.equal(first["on-policy"], first["sde-grpo"])
+    assert torch.equal(first["semi"], first["off-policy"])
 
 
 def test_no_two_random_streams_coincide():
@@ -1397,12 +1418,38 @@ def test_claims_resumes(tmp_path, monkeypatch, tiny_base):
     assert claims.main(["C9"]) == 2
 
 
-def test_the_shipped_evidence_is_what_claims_writes():
-    """Each run of claims.py is in the CSVs, with five seeds."""
-    from studies import claims
+def test_the_shipped_evidence_is_whole():
+    """Each run in results.csv has the same seeds for all of its models, none of them twice."""
+    for file, least in (("results.csv", 5), ("new_base/results.csv", 3)):
+        rows = list(csv.DictReader(open(HERE / "studies" / file, newline="")))
+        seeds = {}
+        for row in rows:
+            key = row["run"], row["command"], row["model"]
+            seeds.setdefault(key, []).append(int(row["seed"]))
+        whole = [key for key in seeds if sorted(seeds[key]) == list(range(least))]
+        assert len(whole) > 0.8 * len(seeds), file  # flow: one seed was run with other settings
+        assert all(len(set(numbers)) == len(numbers) for numbers in seeds.values())
 
-    for _, run, line in claims.RUNS:
-        assert all(claims.done(claims.HERE, run, line, seed) for seed in range(5)), line
+
+def test_the_readmes_table_is_that_of_the_csv():
+    rows = list(csv.DictReader(open(HERE / "studies" / "new_base" / "results.csv", newline="")))
+    readme, found = (HERE / "README.md").read_text(), 0
+    names = {"base": "base", "semi-on-policy (s = 0)": "semi", "on-policy": "on-policy"}
+    for line in readme.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        merged = re.match(r"merged, (s = [\d.]+)", cells[0])
+        model = merged[1] if merged else names.get(cells[0])
+        if model and len(cells) == 5:
+            found += 1
+            for cell, column, digits in zip(
+                cells[1:], ("reward", "judge", "all_right", "area"), (2, 3, 2, 0)
+            ):
+                values = [float(row[column]) for row in rows if row["model"] == model]
+                shown = f"{mean(values):.{digits}f}"
+                if "±" in cell:
+                    shown += f" ± {stdev(values):.{digits}f}"
+                assert cell == shown, (line, column)
+    assert found == 4
 
 
 def test_readme_names_what_exists():
