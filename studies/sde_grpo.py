@@ -30,7 +30,7 @@ from arcopo import (
 from reward import UserError, command, option, parse_options
 
 
-LR, CLIP_RANGE = 2e-4, 4e-6
+LR, CLIP_RANGE = 5e-4, 1.2e-5
 
 
 @dataclass
