@@ -783,7 +783,8 @@ def test_with_the_adapter_at_zero_the_ratio_of_semi_is_one_and_then_moves_away()
 def test_semi_and_off_policy_differ_by_the_clip_alone():
     model = tiny()
     on, semi, off = methods(tiny_settings()).values()
-    assert off == replace(semi, clip_range=math.inf) and semi == replace(on, buffered=True)
+    assert off == replace(semi, clip_range=math.inf)
+    assert semi == replace(on, buffered=True, lr=Settings.buffer_lr)
     adapters = {}
     for method, clip in (("off-policy", 1e-2), ("semi", math.inf), ("semi", 1e-2)):
         adapter = adapters[method, clip] = Adapter.new(model, 4, 4.0, seeded(0))
@@ -1019,7 +1020,7 @@ def test_script_runs_the_recipe_and_samples_from_its_adapter(tmp_path, tiny_base
     scorer = ClipReward(str(ASSETS / "clip"), "cpu")
     text = WeightedReward(scorer, {"ta": 1.0}, reference, TRAIN_PROMPTS)
     method = tiny_method("semi", group=3)
-    method.sigma, generator = 0.25, seeded(0, "buffer", 0)
+    method.sigma, generator = Settings.sigma, seeded(0, "buffer", 0)
     pivot, _, scores = explore(model, method, TRAIN_PROMPTS, text, 2, generator)
     assert torch.allclose(
         load_file(folder / "buffer.safetensors")[f"{pivot}.reward"][:2], scores["reward"], atol=1e-4
