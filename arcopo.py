@@ -68,7 +68,7 @@ class Settings:
     out: str = option("", "run folder [runs/ and the time]; with --sample the GIF [clip.gif]")
     adapter: str = option("", "with --sample: the adapter to apply")
     base: str = option(str(ASSETS / "base.safetensors"), "weights of the base generator")
-    timesteps: str = option("", "sampler times falling from 1, as 1,0.6,0.33,0.14 [of the base]")
+    timesteps: str = option("", "sampler times from 1 down, such as 1,0.5,0.25,0.1 [of the base]")
     seed: int = option(0, "seed of everything random", "[0, 9e18]")
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto is cuda if there is one")
     precision: str = option("fp32", "bf16 is autocast: its rounding exceeds ε of the ratio clip",
@@ -286,7 +286,7 @@ def load_generator(file: str | Path, device: str | torch.device = "cpu", bf16: b
             model.timesteps = parse_times(timesteps.split(","))
         except ValueError as error:
             raise UserError(f"--timesteps {timesteps}: expected numbers that fall from 1 toward 0, "
-                            "as 1,0.6,0.33,0.14") from error
+                            "such as 1,0.5,0.25,0.1") from error
     return model.to(device).requires_grad_(False)
 
 
