@@ -2,7 +2,7 @@
 
     python arcopo.py --steps 100                        the recipe: train two adapters, merge, judge
     python arcopo.py --method on-policy --steps 100     one training; also semi, off-policy
-    python arcopo.py --sample "a red circle moving right" --adapter runs/NAME/merged.safetensors
+    python arcopo.py --sample "a red circle moving right" --adapter runs/NAME/merged
 
 He et al., AR-CoPO: Align Autoregressive Video Generation with Contrastive Policy Optimization,
 arXiv 2603.17461 ("the paper"), built on He et al., Neighbor GRPO, arXiv 2511.16955. The generator
@@ -32,6 +32,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -45,61 +46,68 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from reward import (ASSETS, CHUNK_FRAMES, CHUNKS, COLOURS, HELD_OUT_PROMPTS, MOTIONS, SHAPES, SIZE,
-                    TRAIN_PROMPTS, ClipReward, UserError, WeightedReward, append_row, attributes,
-                    check_folder, check_options, choose_device, command, fingerprint, judge,
-                    markdown, one_line, option, parse_options, parse_sweep, parse_weights,
-                    read_weights, save_gif, write_weights)
+from reward import (ASSETS, CHUNK_FRAMES, CHUNKS, COLOURS, HELD_OUT_PROMPTS, JUDGED, MOTIONS,
+                    SHAPES, SIZE, TRAIN_PROMPTS, UserError, WeightedReward, attributes,
+                    check_folder, check_options, check_tensors, choose_device, command,
+                    deferred_interrupt, device_name, evaluate, load_checkpoint, load_reward, lock,
+                    one_line, option, parse_options, parse_rewards, parse_sweep, read_prompts,
+                    read_weights, resumed_settings, save_checkpoint, save_gif, version,
+                    write_report, write_rows, write_weights, write_whole)
 
 
 # ------------------------------------------------------------------ settings
 
 METHODS = ("on-policy", "semi", "off-policy")
 SECTIONS = {"steps": "run", "group": "AR-CoPO", "buffer_groups": "semi-on-policy and merging",
-            "clip": "reward and evaluation"}               # the first setting of each section
+            "reward": "reward and evaluation"}               # the first setting of each section
 
 
 @dataclass
 class Settings:
     """Every setting: default, meaning, allowed values, the paper's value. Raises UserError."""
-    steps: int = option(100, "iterations of each training", "[1, inf)", "100")
+    steps: int = option(100, "iterations of each training", "[1, 1e6]", "100")
     method: str = option("", "train one adapter instead of the whole recipe", " | ".join(METHODS))
     sample: str = option("", "stream one clip of this prompt to --out (a .gif) instead")
     out: str = option("", "run folder [runs/ and the time]; with --sample the GIF [clip.gif]")
-    adapter: str = option("", "with --sample: the adapter to apply")
-    base: str = option(str(ASSETS / "base.safetensors"), "weights of the base generator")
+    resume: str = option("", "resume the run in this folder, with its settings")
+    save_every: int = option(20, "iterations between checkpoints", "[1, 1e6]")
+    adapter: str = option("", "with --sample: the folder of the adapter to apply")
+    base: str = option("", "weights of the base generator [assets/base.safetensors]")
     timesteps: str = option("", "sampler times from 1 down, such as 1,0.5,0.25,0.1 [of the base]")
     seed: int = option(0, "seed of everything random", "[0, 9e18]")
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto is cuda if there is one")
-    precision: str = option("fp32", "bf16 is autocast: its rounding exceeds ε of the ratio clip",
+    precision: str = option("fp32", "or bf16: autocast, whose rounding exceeds ε of the clip",
                             "fp32 | bf16")
 
-    group: int = option(12, "branches G of a fork", "[2, inf)", "12")
+    group: int = option(12, "branches G of a fork", "[2, 1024]", "12")
     sigma: float = option(0.5, "radius σ of the neighbours in noise (Eq. 1)", "(0, 1]", "0.5")
-    anchors: int = option(4, "anchors B of the G candidates (symmetric sampling)", "[1, inf)", "4")
-    updates: int = option(2, "policy updates per iteration", "[1, inf)", "2")
-    prompts: int = option(4, "prompts P per iteration", f"[1, {len(TRAIN_PROMPTS)}]", "24 GPUs")
+    anchors: int = option(4, "anchors B of the G candidates (symmetric sampling)", "[1, 1024]", "4")
+    updates: int = option(2, "policy updates per iteration", "[1, 100]", "2")
+    prompts: int = option(4, "prompts P per iteration", "[1, 1000]", "1 on each of 24 GPUs")
     clip_range: float = option(1e-4, "ε of the ratio clip (Eq. 3); inf: none", "(0, inf]", "1e-4")
-    tau: float = option(0.03, "temperature τ₀ per element of a chunk (Eq. 5)", "(0, inf)")
+    tau: float = option(0.03, "temperature τ₀ per element of a chunk (Eq. 5)", "(0, 1e6]")
     quasi_norm: float = option(0.0, "p of the quasi-norm of the advantages; 0: standard deviation",
                                "[0, 2]", "0.8 in Neighbor GRPO")
-    floor: float = option(0.02, "least deviation of a group's rewards to divide by", "(0, inf)")
-    lr: float = option(1e-4, "learning rate of AdamW", "(0, inf)", "1e-5")
+    floor: float = option(0.02, "lower bound of σ_r (Eq. 3)", "(0, 1e6]")
+    lr: float = option(1e-4, "learning rate of AdamW", "(0, 1e6]", "1e-5")
     rank: int = option(16, "rank r of the LoRA adapter", "[1, 4096]", "64")
-    alpha: float = option(32.0, "α of the LoRA adapter, scaled by α/r", "(0, inf)", "128")
+    alpha: float = option(32.0, "α of the LoRA adapter, scaled by α/r", "(0, 1e6]", "128")
+    targets: str = option(".*", "regular expression of the linear layers that get LoRA")
+    micro: int = option(0, "rows of a batch in fork and update, at most; 0: no limit", "[0, 1e6]")
+    prompts_file: str = option("", "training prompts, one per line [those of the world]")
 
-    buffer_groups: int = option(100, "rollout groups in the buffer", "[1, inf)", "100")
+    buffer_groups: int = option(100, "rollout groups in the buffer", "[1, 1e5]", "100")
     buffer: str = option("", "buffer.safetensors of an earlier run instead of collecting one")
-    buffer_lr: float = option(4e-4, "learning rate of AdamW with the buffer", "(0, inf)", "1e-5")
-    buffer_weights: str = option("ta=1", "reward weights of the buffer", paper="text alignment")
+    buffer_lr: float = option(4e-4, "learning rate of AdamW with the buffer", "(0, 1e6]", "1e-5")
+    buffer_reward: str = option("ta=1", "rewards that the buffer has", paper="text alignment")
     sweep: str = option("0.4,0.6,0.8,1", "strengths s of the on-policy adapter", paper="0.4 to 1")
 
-    clip: str = option(str(ASSETS / "clip"), "open_clip model: ARCH:TAG, ARCH:FILE or a folder, as "
-                       "ViT-B-32:laion2b_s34b_b79k", paper="VideoAlign")
-    reward_weights: str = option("ta=1,vq=1,mq=1", "weights of text alignment, visual and motion "
-                                 "quality", paper="1 each")
-    judge_samples: int = option(8, "clips of each held-out prompt in the final table", "[1, inf)")
-    judge_every: int = option(20, "iterations between points of the held-out curve", "[1, inf)")
+    reward: str = option("ta=1,vq=1,mq=1", "weights of ta, vq, mq (text alignment, visual, motion "
+                         "quality), hps, aesthetic, module:function", paper="VideoAlign's, 1 each")
+    clip: str = option("", "open_clip model of ta, vq, mq: ARCH:TAG, ARCH:FILE or a folder, as "
+                       "ViT-B-32:laion2b_s34b_b79k [assets/clip]")
+    judge_samples: int = option(8, "clips of each held-out prompt in the final table", "[1, 1000]")
+    judge_every: int = option(20, "iterations between points of the held-out curve", "[1, 1e6]")
 
     def __post_init__(self):
         check_options(self)
@@ -110,8 +118,17 @@ class Settings:
         if self.buffer and (self.sample or self.method == "on-policy"):
             raise UserError(f"--buffer {self.buffer}: not used here; give it with the recipe, semi "
                             "or off-policy")
+        if self.resume and any(getattr(self, f.name) != f.default for f in dataclasses.fields(self)
+                               if f.name != "resume"):
+            raise UserError(f"--resume {self.resume}: its settings are from the run; give no other")
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise UserError(f"--targets {self.targets}: {error}") from error
         if self.anchors > self.group:
             raise UserError(f"--anchors {self.anchors}: must be at most --group ({self.group})")
+        if 0 < self.micro < self.prompts:
+            raise UserError(f"--micro {self.micro}: must be at least --prompts ({self.prompts})")
 
 
 def seeded(seed: int, *stream: str | int) -> torch.Generator:
@@ -140,7 +157,6 @@ class Context(NamedTuple):
     kv: Tensor              # [N, layers, 2, heads, tokens, head width]   finished chunks
 
     def repeat(self, times: int) -> "Context":
-        """`times` copies of each row: row n * times + b is branch b of row n."""
         return Context(*(x.repeat_interleave(times, 0) for x in self))
 
 
@@ -174,22 +190,27 @@ class Block(nn.Module):
 
 
 class Generator(nn.Module):
-    """A chunk-causal video transformer. The algorithm uses only this contract:
+    """A chunk-causal video transformer. The method uses only this contract, of any torch module:
 
-    begin(prompts)           -> Context              the context before the first chunk
-    predict(x_t, t, context) -> x̂₀ like x_t          F_θ: the clean chunk, from x_t at time t
-    extend(context, x0)      -> Context              the context with a finished chunk added (t = 0)
-    decode(latents)          -> clips in [0, 1]      latents [N, L, *chunk_shape]
-    timesteps, chunk_shape, chunks                   the T sampler times, the shape of x_t, L
-    flow                                             False: consistency model; True: flow matching
-    solver_steps                                     re-noisings per chunk: T - 1, or 0 with flow
-    device                                           where its tensors are
+    begin(prompts)           -> Context   the context before the first chunk, N rows
+    predict(x_t, t, context) -> x̂₀        F_θ: the clean chunk, like x_t [N, *chunk_shape]
+    extend(context, x0)      -> Context   the context with a finished chunk added
+    decode(latents)          -> clips     [N, L, *chunk_shape] -> what the reward takes, batch first
+    timesteps                             the T sampler times as floats, from 1 down, 0 excluded
+    chunk_shape, chunks                   shape of a latent chunk (any number of axes), and L
+    flow                                  False: consistency model; True: flow matching, Euler steps
+    solver_steps                          re-noisings per chunk: T - 1, or 0 with flow
+    device                                where its tensors are
 
-    x_t = (1 - t) x₀ + t ε: t = 1 is pure noise. Context is a NamedTuple of tensors, batch first,
-    with a `repeat`. An Adapter applies to the nn.Linear layers of the module.
+    x_t = (1 - t) x₀ + t ε, so t = 1 is pure noise: a scheduler's shift is in `timesteps` already.
+    t is a float or float32 [N]. x_t is float32, prediction of any dtype: it is cast to float32.
+    No guidance: one predict is the policy. predict has no side effect, extend changes neither of
+    its arguments, both give the same for a row whatever the other rows are. A Context can be any
+    object with repeat(times): row n * times + b is row n again. Nothing writes to a Context, so
+    copies may share memory. An Adapter applies to the nn.Linear layers of the module.
     """
 
-    chunk_shape, chunks = (CHUNK_FRAMES, 3, SIZE, SIZE), CHUNKS
+    chunk_shape, chunks, fingerprint = (CHUNK_FRAMES, 3, SIZE, SIZE), CHUNKS, ""
 
     def __init__(self, width: int = 256, layers: int = 5, heads: int = 4,
                  timesteps: tuple = TIMESTEPS, flow: bool = False, bf16: bool = False):
@@ -270,23 +291,25 @@ def parse_times(times) -> tuple[float, ...]:
     return times
 
 
-def load_generator(file: str | Path, device: str | torch.device = "cpu", bf16: bool = False,
+def load_generator(file: str | Path = "", device: str | torch.device = "cpu", bf16: bool = False,
                    timesteps: str = "") -> Generator:
     """A frozen base, sampled at its own timesteps or at others. Raises UserError."""
-    tensors, metadata = read_weights(file, "--base")
+    tensors, record = read_weights(file or ASSETS / "base.safetensors", "--base")
     try:
-        model = Generator(**json.loads(metadata["generator"]), bf16=bf16)
+        shape = [record["generator"][name] for name in ("width", "layers", "heads")]
+        if not all(type(n) is int and 0 < n <= 4096 for n in shape):
+            raise ValueError(f"width, layers and heads are {shape}")
+        model = Generator(**record["generator"], bf16=bf16)
         model.load_state_dict(tensors)
         model.timesteps = parse_times(model.timesteps)
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise UserError(f"--base {file}: not a generator of this project "
-                        f"({one_line(error)})") from error
-    if timesteps:
-        try:
-            model.timesteps = parse_times(timesteps.split(","))
-        except ValueError as error:
-            raise UserError(f"--timesteps {timesteps}: expected numbers that fall from 1 toward 0, "
-                            "such as 1,0.5,0.25,0.1") from error
+        raise UserError(f"--base {file}: not a generator ({one_line(error)})") from error
+    try:
+        model.timesteps = parse_times(timesteps.split(",")) if timesteps else model.timesteps
+    except ValueError as error:
+        raise UserError(f"--timesteps {timesteps}: expected numbers that fall from 1 toward 0, "
+                        "such as 1,0.5,0.25,0.1") from error
+    model.fingerprint = record["checksum"][:16]
     return model.to(device).requires_grad_(False)
 
 
@@ -324,7 +347,8 @@ def denoise(model: Generator, context: Context, initial: Tensor,
     x_t, states, points = initial, [], []
     for i, (t, s) in enumerate(zip(model.timesteps, (*model.timesteps[1:], 0.0))):
         states.append(x_t)
-        points.append(comparison_point(model, x_t, model.predict(x_t, t, context), t, s))
+        x0 = model.predict(x_t, t, context).float()
+        points.append(comparison_point(model, x_t, x0, t, s))
         if s > 0:
             x_t = points[-1] if model.flow else (1 - s) * points[-1] + s * solver[:, i]
     return torch.stack(states, 1), torch.stack(points, 1)
@@ -332,28 +356,30 @@ def denoise(model: Generator, context: Context, initial: Tensor,
 
 @torch.no_grad()
 def rollout(model: Generator, context: Context, noise: Noise, start: int,
-            stop: int) -> tuple[list[Tensor], Context]:
-    """Stream chunks start..stop-1: a list of [N, *chunk_shape], and the context after them (the
+            stop: int) -> tuple[Tensor, Context]:
+    """Stream chunks start..stop-1: [N, stop - start, *chunk_shape], and the context after them (the
     clip's last chunk is not written to it: nothing follows)."""
-    chunks = []
+    chunks = torch.empty_like(noise.initial[:, start:stop])
     for p in range(start, stop):
-        chunks.append(denoise(model, context, noise.initial[:, p], noise.solver[:, p])[1][:, -1])
+        x0 = denoise(model, context, noise.initial[:, p], noise.solver[:, p])[1][:, -1]
+        chunks[:, p - start] = x0
         if p + 1 < model.chunks:
-            context = model.extend(context, chunks[-1])
+            context = model.extend(context, x0)
     return chunks, context
 
 
 @torch.no_grad()
 def sample(model: Generator, prompts: list[str], noise: Noise) -> Tensor:
     """Whole clips in [0, 1], [N, FRAMES, 3, SIZE, SIZE]."""
-    chunks, _ = rollout(model, model.begin(prompts), noise, 0, model.chunks)
-    return model.decode(torch.stack(chunks, 1))
+    return model.decode(rollout(model, model.begin(prompts), noise, 0, model.chunks)[0])
 
 
 # ------------------------------------------------------------------ fork
 
 class Fork(NamedTuple):
-    """P groups of G branches at the pivot chunk: what the update needs of them."""
+    """P groups of G branches at the pivot chunk: what the update needs, and where they began."""
+    prompts: list[str]
+    prefix: Tensor          # [P, pivot, *chunk_shape]    finished chunks before the pivot
     context: Context        # h_{p-1}, P rows
     states: Tensor          # [P, T, G, *chunk_shape]     x_t⁽ⁱ⁾; the first is ε_p⁽ⁱ⁾
     candidates: Tensor      # [P, T, G, *chunk_shape]     x̂₀,t⁽ⁱ⁾ (flow: x_s⁽ⁱ⁾); last: x_p⁽ⁱ⁾
@@ -361,24 +387,31 @@ class Fork(NamedTuple):
 
 @torch.no_grad()
 def fork(model: Generator, prompts: list[str], pivot: int, noise: Noise, initial: Tensor,
-         solver: Tensor) -> tuple[Fork, Tensor]:
+         solver: Tensor, micro: int = 0) -> tuple[Fork, Tensor]:
     """Algorithm 1, lines 2 to 5 -> the Fork, and the clips [P, G, FRAMES, 3, SIZE, SIZE].
 
     initial [P, G, *chunk_shape] and solver [P, G, solver_steps, *chunk_shape] are the branches'
     noise of the pivot chunk: the only place where branches can differ. The noise of all other
-    chunks is shared (`noise`, P rows). AR-CoPO perturbs initial and repeats solver.
+    chunks is shared (`noise`, P rows). AR-CoPO perturbs initial and repeats solver. micro: rows at
+    a time, all if 0.
     """
-    P, G = initial.shape[:2]
+    P, parts = len(initial), []
     prefix, context = rollout(model, model.begin(prompts), noise, 0, pivot)         # line 2, P rows
-    branch = context.repeat(G)                                                      # line 3
-    states, points = denoise(model, branch, initial.flatten(0, 1), solver.flatten(0, 1))   # line 5
-    chunks = [chunk.repeat_interleave(G, 0) for chunk in prefix] + [points[:, -1]]
-    if pivot + 1 < model.chunks:
-        branch = model.extend(branch, points[:, -1])
-        chunks += rollout(model, branch, noise.repeat(G), pivot + 1, model.chunks)[0]
-    clips = model.decode(torch.stack(chunks, 1)).unflatten(0, (P, G))
-    states, points = (x.unflatten(0, (P, G)).transpose(1, 2) for x in (states, points))
-    return Fork(context, states, points), clips
+    size = max(1, micro // P) if micro else initial.shape[1]
+    for start, own in zip(initial.split(size, 1), solver.split(size, 1)):
+        n = start.shape[1]
+        branch = context.repeat(n)                                                  # line 3
+        states, points = denoise(model, branch, start.flatten(0, 1), own.flatten(0, 1))
+        chunks = [prefix.repeat_interleave(n, 0), points[:, -1:]]
+        if pivot + 1 < model.chunks:                                                # line 5
+            branch = model.extend(branch, points[:, -1])
+            chunks += rollout(model, branch, noise.repeat(n), pivot + 1, model.chunks)[:1]
+        clips = model.decode(torch.cat(chunks, 1))
+        parts.append([x.unflatten(0, (P, n)) for x in (states, points, clips)])
+    states, points, clips = (torch.cat(part, 1) for part in zip(*parts))
+    # A branch that is not finite has no advantage; as zeros, it spoils no distance either.
+    states, points = (x.transpose(1, 2).nan_to_num(0.0, 0.0, 0.0) for x in (states, points))
+    return Fork(prompts, prefix, context, states, points), clips
 
 
 # ------------------------------------------------------------------ objective (pure functions)
@@ -403,12 +436,16 @@ def group_advantages(rewards: Tensor, p: float | None = None, floor: float = 1e-
     """A⁽ⁱ⁾ = (r⁽ⁱ⁾ - r̄) / σ_r over the last axis (Eq. 3), σ_r without Bessel's correction.
 
     rewards [..., G] -> [..., G]. With p in (0, 2]: the quasi-norm A / (Σ|A|^p)^{1/p} (Neighbor GRPO
-    Eq. 11, which uses 0.8); p = 2 is A / √G. Departure: σ_r is never taken below `floor`, so a
-    nearly flat group moves little and a flat one not at all.
+    Eq. 11, which uses 0.8); p = 2 is A / √G. Departure: σ_r is never taken below `floor` (the
+    quasi-norm is scaled by σ_r / floor below it), so that a nearly flat group moves little. A
+    reward that is not finite has the advantage 0; mean and deviation exclude it.
     """
-    centred = rewards - rewards[..., :1]            # first, so that a flat group is exactly zero
-    centred = centred - centred.mean(-1, keepdim=True)
-    deviation = centred.square().mean(-1, keepdim=True).sqrt()
+    finite = rewards.isfinite()
+    count = finite.sum(-1, keepdim=True).clamp_min(1)
+    least = rewards.where(finite, math.inf).amin(-1, keepdim=True)
+    centred = (rewards - least).where(finite, 0)    # first, so that a flat group is exactly zero
+    centred = (centred - centred.sum(-1, keepdim=True) / count).where(finite, 0)
+    deviation = (centred.square().sum(-1, keepdim=True) / count).sqrt()
     if p is None:
         return centred / deviation.clamp_min(floor)
     norm = centred.abs().pow(p).sum(-1, keepdim=True).pow(1 / p)
@@ -416,12 +453,14 @@ def group_advantages(rewards: Tensor, p: float | None = None, floor: float = 1e-
 
 
 def surrogate_log_policy(candidates: Tensor, anchor: Tensor, tau: float) -> Tensor:
-    """log π_θ(i) = log softmax_i(-d⁽ⁱ⁾/τ), d⁽ⁱ⁾ = ‖x⁽ⁱ⁾ - x^(θ)‖² (Eq. 2; Eq. 5 with x̂₀).
+    """log π_θ(i) = log softmax_i(-d⁽ⁱ⁾/τ), d⁽ⁱ⁾ = ‖x⁽ⁱ⁾ - x^(θ)‖² / D (Eq. 2; Eq. 5 with x̂₀).
 
     candidates [..., G, D] are constants, anchor [..., D] carries the gradient; leading axes
-    broadcast -> [..., G]. d is a sum over D, not a mean: τ has the unit of a squared norm.
+    broadcast -> [..., G], in float32 at least. Departure: d is the mean over the D elements, not
+    the sum, so that one τ serves chunks of any size (the paper's τ is τ D).
     """
-    d = (candidates - anchor.unsqueeze(-2)).square().sum(-1)
+    dtype = torch.promote_types(anchor.dtype, torch.float32)
+    d = (candidates.to(dtype) - anchor.to(dtype).unsqueeze(-2)).square().mean(-1)
     return F.log_softmax(-d / tau, -1)
 
 
@@ -438,26 +477,33 @@ def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip: float) -> Ten
 
 # ------------------------------------------------------------------ adapter
 
+PEFT = "base_model.model."                              # before the layer's name in peft's files
+
+
 class Adapter:
-    """LoRA beside every linear layer: y = W x + (α/r) B A x (Hu et al. 2021); B starts at zero.
+    """LoRA beside linear layers: y = W x + (α/r) B A x (Hu et al. 2021); B starts at zero.
 
     The model is never changed: `with adapter.on(model):` adds the low-rank terms inside the block,
-    and several adapters add up. weights: {layer: (A [r, in], B [out, r])}, float32.
+    and several adapters add up. weights: {layer: (A [r, in], B [out, r])}, float32 whatever the
+    layer's dtype. Convolutions, embeddings and norms get no LoRA.
     """
 
     def __init__(self, weights: dict[str, tuple[Tensor, Tensor]], alpha: float):
         self.weights, self.alpha = weights, alpha
-        self.scale = alpha / next(iter(weights.values()))[0].shape[0]
+        self.rank = next(iter(weights.values()))[0].shape[0]
 
     @classmethod
     def new(cls, model: nn.Module, rank: int, alpha: float,
-            generator: torch.Generator | None = None) -> "Adapter":
+            generator: torch.Generator | None = None, targets: str = ".*") -> "Adapter":
+        """targets: regular expression of whole layer names. Raises UserError if none matches."""
         weights = {}
         for name, layer in model.named_modules():
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, nn.Linear) and re.fullmatch(targets, name):
                 A = torch.rand(rank, layer.in_features, generator=generator) * 2 - 1
                 A, B = A / layer.in_features**0.5, torch.zeros(layer.out_features, rank)
                 weights[name] = tuple(z.to(layer.weight.device).requires_grad_() for z in (A, B))
+        if not weights:
+            raise UserError(f"--targets {targets}: no nn.Linear layer of the model has such a name")
         return cls(weights, alpha)
 
     def parameters(self) -> list[Tensor]:
@@ -465,10 +511,13 @@ class Adapter:
 
     @contextmanager
     def on(self, model: nn.Module, strength: float = 1.0):
-        scale = strength * self.scale
+        scale = strength * self.alpha / self.rank
 
         def hook(A: Tensor, B: Tensor):
-            return lambda layer, x, y: y + scale * F.linear(F.linear(x[0], A), B)
+            def add(layer: nn.Module, x: tuple, y: Tensor) -> Tensor:
+                with torch.autocast(y.device.type, enabled=False):      # in float32
+                    return y + (scale * F.linear(F.linear(x[0].float(), A), B)).to(y.dtype)
+            return add
         handles = [model.get_submodule(name).register_forward_hook(hook(A, B))
                    for name, (A, B) in self.weights.items()]
         try:
@@ -477,81 +526,76 @@ class Adapter:
             for handle in handles:
                 handle.remove()
 
-    def save(self, file: Path, model: Generator) -> None:
-        """Write the adapter, with the hash of its base and the sampler's times."""
-        tensors = {f"{name}.lora_{x}.weight": z for name, pair in self.weights.items()
+    def save(self, folder: str | Path, record: dict) -> None:
+        """In peft's format; our record (base, times, step ...) is in the safetensors header."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{PEFT}{name}.lora_{x}.weight": z for name, pair in self.weights.items()
                    for x, z in zip("AB", pair)}
-        write_weights(file, tensors, {"alpha": repr(self.alpha), "base": fingerprint(model),
-                                      "timesteps": ",".join(f"{t:g}" for t in model.timesteps)})
+        write_weights(folder / "adapter_model.safetensors", tensors,
+                      record | {"rank": self.rank, "alpha": self.alpha})
+        config = {"peft_type": "LORA", "r": self.rank, "lora_alpha": self.alpha, "bias": "none",
+                  "target_modules": "|".join(map(re.escape, self.weights)), "lora_dropout": 0.0}
+        write_whole(folder / "adapter_config.json", json.dumps(config, indent=1) + "\n")
 
     @classmethod
-    def load(cls, file: str | Path, model: Generator) -> "Adapter":
+    def load(cls, folder: str | Path, model: Generator) -> "Adapter":
         """Raises UserError: missing, broken, or made for another base or other times."""
-        tensors, metadata = read_weights(file, "--adapter")
+        tensors, record = read_weights(Path(folder) / "adapter_model.safetensors", "--adapter")
         try:
-            weights, ranks = {}, set()
-            layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-            for name, layer in layers:
-                A, B = (tensors[f"{name}.lora_{x}.weight"].to(layer.weight) for x in "AB")
-                if (B @ A).shape != layer.weight.shape:
-                    raise ValueError(f"{name}: B A has shape {tuple((B @ A).shape)}, "
-                                     f"the layer {tuple(layer.weight.shape)}")
-                weights[name] = A, B
-                ranks.add(len(A))
-            if len(ranks) != 1 or 0 in ranks:
-                raise ValueError(f"its ranks are {sorted(ranks)}, not one rank")
-            if not 0 < float(metadata["alpha"]) < math.inf:
-                raise ValueError(f"its alpha is {metadata['alpha']}")
-            if metadata["base"] != fingerprint(model):
+            weights, expected = {}, {}
+            for name in dict.fromkeys(n[len(PEFT) : -len(".lora_A.weight")] for n in tensors):
+                out, into = model.get_submodule(name).weight.shape
+                keys = [f"{PEFT}{name}.lora_{x}.weight" for x in "AB"]
+                for key, shape in zip(keys, ((record["rank"], into), (out, record["rank"]))):
+                    expected[key] = shape, torch.float32
+                weights[name] = tuple(tensors[key].to(model.device) for key in keys)
+            check_tensors(tensors, expected)
+            if record["base"] != model.fingerprint:
                 raise ValueError("it was trained on other weights; name them with --base")
-            if metadata["timesteps"] != ",".join(f"{t:g}" for t in model.timesteps):
+            if record["timesteps"] != list(model.timesteps):
                 raise ValueError("it was trained at other times; name them with --timesteps "
-                                 + metadata["timesteps"])
-            return cls(weights, float(metadata["alpha"]))
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise UserError(f"--adapter {file}: not an adapter of this base "
+                                 + ",".join(f"{t:g}" for t in record["timesteps"]))
+            return cls(weights, float(record["alpha"]))
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"--adapter {folder}: not an adapter of this base "
                             f"({one_line(error)})") from error
 
 
 # ------------------------------------------------------------------ replay and update
 
-def replay(model: Generator, branches: Fork, anchors: Tensor) -> Tensor:
-    """Eq. 4: predict again from the anchors' stored states, all steps as one batch -> comparison
-    points [P, T, B, *chunk_shape]. The only forward pass that is differentiated."""
-    x_t = branches.states[:, :, anchors]
-    P, T, B = x_t.shape[:3]
-    times = model.timesteps, (*model.timesteps[1:], 0.0)
-    t, s = (torch.tensor(z[:T], device=x_t.device).repeat_interleave(B).repeat(P) for z in times)
-    x0 = model.predict(x_t.flatten(0, 2), t, branches.context.repeat(T * B)).view_as(x_t)
-    return comparison_point(model, x_t, x0, *(z.view(P, T, B, 1, 1, 1, 1) for z in (t, s)))
-
-
-def contrastive_log_policies(branches: Fork, replayed: Tensor, tau: float) -> Tensor:
-    """log π_θ(i | s_t) for every prompt, step and anchor: [P, T, B, *chunk_shape] -> [P, T, B, G].
-
-    Departure: tau is given per element of a chunk, so that it does not depend on the chunk's size.
-    """
-    candidates = branches.candidates.flatten(3)[:, :, None]               # [P, T, 1, G, D]
-    return surrogate_log_policy(candidates, replayed.flatten(3), tau * candidates.shape[-1])
+def replay(model: Generator, branches: Fork, steps: Tensor, anchors: Tensor) -> Tensor:
+    """Eq. 4: predict again from the stored states at K pairs of a step and an anchor, as one batch
+    -> comparison points [P, K, *chunk_shape]. The only forward pass that is differentiated."""
+    x_t = branches.states[:, steps, anchors]
+    P, K = x_t.shape[:2]
+    x_t = x_t.flatten(0, 1)
+    times = torch.tensor((*model.timesteps, 0.0), device=x_t.device)
+    t, s = times[steps].repeat(P), times[steps + 1].repeat(P)
+    x0 = model.predict(x_t, t, branches.context.repeat(K)).float()
+    column = lambda z: z.view(-1, *[1] * (x_t.ndim - 1))
+    return comparison_point(model, x_t, x0, column(t), column(s)).unflatten(0, (P, K))
 
 
 @dataclass
 class Method:
     """One training. On-policy AR-CoPO (Sec. 3.2); semi-on-policy: buffered; off-policy: buffered,
-    clip inf. A subclass can explore in another way, or have another policy."""
+    clip inf. A subclass can explore in another way, or define another policy."""
     group: int              # G
     sigma: float            # σ of Eq. 1
     anchors: int            # B
     updates: int            # per iteration
     prompts: int            # P
     clip_range: float       # ε of Eq. 3
-    tau: float              # τ₀ of Eq. 5, per element
+    tau: float              # τ of Eq. 5, for a mean over elements
     quasi_norm: float
     floor: float
     steps: int              # iterations
     lr: float               # of AdamW
     rank: int               # of the adapter
     alpha: float
+    targets: str            # its layers
+    micro: int              # rows of a batch, at most; 0: no limit
     buffered: bool = False  # groups from the fixed buffer, π_old is the reference (Sec. 3.3)
 
     def branch_noise(self, noise: Noise, pivot: int,
@@ -562,36 +606,53 @@ class Method:
         solver = neighbor_noise(noise.solver[:, pivot], 0.0, self.group)
         return initial.transpose(0, 1), solver.transpose(0, 1)
 
-    def log_policies(self, model: Generator, branches: Fork, anchors: Tensor) -> Tensor:
-        """Algorithm 1, line 8: replay the pivot chunk -> log π_θ [P, T, B, G]."""
-        return contrastive_log_policies(branches, replay(model, branches, anchors), self.tau)
+    def replayed(self, T: int, generator: torch.Generator) -> Tensor:
+        """The K = T B pairs of a step and an anchor that an iteration replays, [K, 2]. Departure:
+        the prompts share the anchors, and so do all updates of an iteration."""
+        anchors = torch.randperm(self.group, generator=generator)[: self.anchors]
+        return torch.cartesian_prod(torch.arange(T), anchors)
+
+    def log_policies(self, model: Generator, branches: Fork, steps: Tensor,
+                     anchors: Tensor) -> Tensor:
+        """Algorithm 1, line 8: replay the pivot chunk -> log π_θ(i | s_t) [P, K, G]."""
+        replayed = replay(model, branches, steps, anchors)
+        candidates = branches.candidates[:, steps].flatten(3)           # [P, K, G, D]
+        return surrogate_log_policy(candidates, replayed.flatten(2), self.tau)
 
 
 def update(model: Generator, adapter: Adapter, branches: Fork, rewards: Tensor, method: Method,
            optimizer: torch.optim.Optimizer, updates: int, generator: torch.Generator) -> dict:
-    """Algorithm 1, lines 7 to 9: `updates` steps up J, on the pivot chunk only. rewards [P, G] ->
+    """Algorithm 1, lines 7 to 9: `updates` steps of ascent on J, on the pivot chunk only.
 
-    ratio_first (mean ρ at the first update; 1 on-policy), clip_fraction (share of terms without
-    gradient because of the clip, at the last update), grad_norm (mean), skipped (updates that were
-    not finite). Departures: the prompts share the anchors, and so do all updates of an iteration.
+    rewards [P, G] -> ratio_first (mean ρ at the first update; 1 on-policy), clip_fraction (share of
+    terms without gradient because of the clip, at the last update), grad_norm (mean), skipped
+    (updates that were not finite). J is a mean over pairs, so its gradient is summed over slices of
+    method.micro rows.
     """
-    advantages = group_advantages(rewards, method.quasi_norm or None, method.floor)[:, None, None]
-    anchors = torch.randperm(method.group, generator=generator)[: method.anchors]
-    parameters, ratios, norms, skipped, old = adapter.parameters(), [], [], 0, None
+    advantages = group_advantages(rewards, method.quasi_norm or None, method.floor)[:, None]
+    pairs = method.replayed(len(model.timesteps), generator)
+    slices = pairs.split(max(1, method.micro // len(rewards)) if method.micro else len(pairs))
+    norms, ratios, skipped, old = [], [], 0, []
     if method.buffered:
         with torch.no_grad():                       # the adapter is off: π_old is π_ref
-            old = method.log_policies(model, branches, anchors)
+            old = [method.log_policies(model, branches, *part.T) for part in slices]
     for _ in range(updates):
-        with adapter.on(model):
-            log_policy = method.log_policies(model, branches, anchors)              # line 8
-        if old is None:     # Departure: π_old on-policy is the first replay, not the rollout, which
-            old = log_policy.detach()               # may round differently: ρ is then exactly 1
-        log_ratio = log_policy - old
-        J = clipped_objective(log_ratio, advantages, method.clip_range)
         optimizer.zero_grad()
-        (-J).backward()                                                             # line 9
-        ratios.append(log_ratio.detach().exp())
-        norms.append(nn.utils.get_total_norm([p.grad for p in parameters]))
+        log_ratios, J = [], 0.0
+        with adapter.on(model):
+            for i, part in enumerate(slices):
+                log_policy = method.log_policies(model, branches, *part.T)          # line 8
+                if i == len(old):   # Departure: π_old on-policy is the first replay, not the
+                    old.append(log_policy.detach())     # rollout, which may round differently
+                log_ratio = log_policy - old[i]
+                term = clipped_objective(log_ratio, advantages, method.clip_range)
+                term = term * len(part) / len(pairs)
+                (-term).backward()                                                  # line 9
+                log_ratios.append(log_ratio.detach())
+                J = J + term.detach()
+        ratios.append(torch.cat(log_ratios, 1).exp())
+        gradients = [p.grad for p in adapter.parameters() if p.grad is not None]
+        norms.append(nn.utils.get_total_norm(gradients))
         if torch.isfinite(J) and torch.isfinite(norms[-1]):
             optimizer.step()
         else:
@@ -604,79 +665,91 @@ def update(model: Generator, adapter: Adapter, branches: Fork, rewards: Tensor, 
 # ------------------------------------------------------------------ groups
 
 def explore(model: Generator, method: Method, prompts: list[str], reward: Callable, P: int,
-            generator: torch.Generator) -> tuple[int, Fork, dict[str, Tensor]]:
-    """Algorithm 1, lines 1 to 5, for P of the prompts -> pivot, Fork, {"reward", ...: [P, G]}.
+            generator: torch.Generator) -> tuple[Fork, dict[str, Tensor]]:
+    """Algorithm 1, lines 1 to 5, for P of the prompts -> Fork, {"reward", ...: [P, G]}.
 
-    reward(clips [N, FRAMES, 3, SIZE, SIZE], prompts) -> {"reward": [N], any components: [N]}.
+    reward(clips [N, ...] as model.decode gives them, prompts) -> {"reward": [N], others: [N]}.
     Departure: the P prompts share the pivot, so that they run as one batch.
     """
     chosen = [prompts[i] for i in torch.randperm(len(prompts), generator=generator)[:P]]
     pivot = int(torch.randint(model.chunks, (), generator=generator))               # line 1
     noise = draw_noise(model, P, generator)
     own = method.branch_noise(noise, pivot, generator)                              # line 4
-    branches, clips = fork(model, chosen, pivot, noise, *own)                       # lines 2, 3, 5
+    branches, clips = fork(model, chosen, pivot, noise, *own, method.micro)         # lines 2, 3, 5
     scores = reward(clips.flatten(0, 1), [prompt for prompt in chosen for _ in range(method.group)])
-    return pivot, branches, {k: v.view(P, -1).to(model.device) for k, v in scores.items()}
+    return branches, {name: x.view(P, -1).to(model.device) for name, x in scores.items()}
 
 
-Buffer = dict[int, dict[str, Tensor]]
-"""Groups of semi-on-policy training (Sec. 3.3) by pivot: the tensors of a Fork and "reward"
-[rows, G], one row per group. Made once by the reference policy; never written again."""
+Buffer = list[dict]
+"""Groups of semi-on-policy training (Sec. 3.3), made once by the reference policy and never written
+again: {"prompt": str, "reward": [G] and, in half precision, "prefix": [pivot, *chunk_shape],
+"states", "candidates": [T, G, *chunk_shape]}. No context: draw_from makes it from the prefix."""
 
 
 def collect_buffer(model: Generator, method: Method, prompts: list[str], reward: Callable,
                    size: int, seed: int) -> Buffer:
-    """`size` groups of the reference policy (no adapter may be on); chunks in half precision."""
-    found, bar = {}, tqdm(total=size, desc="buffer", unit="group")
-    for first in range(0, size, method.prompts):
-        P, generator = min(method.prompts, size - first), seeded(seed, "buffer", first)
-        pivot, branches, scores = explore(model, method, prompts, reward, P, generator)
-        half = {"states": branches.states.half(), "candidates": branches.candidates.half()}
-        entry = branches.context._asdict() | half | {"reward": scores["reward"]}
-        found.setdefault(pivot, []).append(entry)
+    """`size` groups of the reference policy (no adapter may be on), in CPU memory."""
+    buffer, bar = [], tqdm(total=size, desc="buffer", unit="group")
+    while len(buffer) < size:
+        P = min(method.prompts, size - len(buffer))
+        branches, scores = explore(model, method, prompts, reward, P,
+                                   seeded(seed, "buffer", len(buffer)))
+        tensors = {"prefix": branches.prefix.half(), "states": branches.states.half(),
+                   "candidates": branches.candidates.half(), "reward": scores["reward"]}
+        buffer += [{"prompt": prompt} | {name: x[i].cpu() for name, x in tensors.items()}
+                   for i, prompt in enumerate(branches.prompts)]
         bar.update(P)
     bar.close()
-    return {pivot: {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            for pivot, parts in sorted(found.items())}
+    return buffer
 
 
-def draw_from(buffer: Buffer, P: int,
-              generator: torch.Generator) -> tuple[int, Fork, dict[str, Tensor]]:
-    """Up to P random groups of one pivot, in the form that explore returns."""
-    counts = torch.tensor([len(groups["reward"]) for groups in buffer.values()]).float()
-    pivot = list(buffer)[int(torch.multinomial(counts, 1, generator=generator))]
-    rows = torch.randperm(len(buffer[pivot]["reward"]), generator=generator)[:P]
-    groups = {name: x[rows.to(x.device)] for name, x in buffer[pivot].items()}      # copies
-    context = Context(*(groups[name] for name in Context._fields))
-    branches = Fork(context, groups["states"].float(), groups["candidates"].float())
-    return pivot, branches, {"reward": groups["reward"]}
+@torch.no_grad()
+def draw_from(buffer: Buffer, model: Generator, P: int,
+              generator: torch.Generator) -> tuple[Fork, dict[str, Tensor]]:
+    """Up to P random groups of one pivot, as explore returns them; no adapter may be on.
+
+    Departure: h_{p-1} is not stored but made again from the prefix, in half precision.
+    """
+    order = torch.randperm(len(buffer), generator=generator).tolist()
+    pivot = len(buffer[order[0]]["prefix"])
+    groups = [group for i in order if len((group := buffer[i])["prefix"]) == pivot][:P]
+    prefix, states, candidates, reward = (
+        torch.stack([group[name] for group in groups]).to(model.device).float()
+        for name in ("prefix", "states", "candidates", "reward"))
+    prompts = [group["prompt"] for group in groups]
+    context = model.begin(prompts)
+    for x0 in prefix.unbind(1):
+        context = model.extend(context, x0)
+    return Fork(prompts, prefix, context, states, candidates), {"reward": reward}
 
 
 def save_buffer(buffer: Buffer, file: Path, about: dict) -> None:
-    tensors = {f"{pivot}.{name}": x for pivot, groups in buffer.items()
-               for name, x in groups.items()}
-    write_weights(file, tensors, {"buffer": json.dumps(about)})
+    tensors = {f"{i}.{name}": x for i, group in enumerate(buffer)
+               for name, x in group.items() if name != "prompt"}
+    write_weights(file, tensors, about | {"prompts": [group["prompt"] for group in buffer]})
 
 
-def load_buffer(file: str, about: dict, model: Generator) -> Buffer:
+def load_buffer(file: str | Path, model: Generator, about: dict) -> Buffer:
     """Raises UserError for a file that is missing, broken or made with another `about`."""
-    tensors, metadata = read_weights(file, "--buffer")
+    tensors, found = read_weights(file, "--buffer")
+    for name in about:
+        if found.get(name) != about[name]:
+            raise UserError(f"--buffer {file}: made with {name} {found.get(name)}, not "
+                            f"{about[name]}; leave out --buffer to collect one")
     try:
-        made, buffer = json.loads(metadata["buffer"]), {}
-        for name in about:
-            if made[name] != about[name]:
-                raise UserError(f"--buffer {file}: made with {name} {made[name]}, not "
-                                f"{about[name]}; leave out --buffer to collect one")
-        for name, x in sorted(tensors.items()):
-            pivot, name = name.split(".")
-            buffer.setdefault(int(pivot), {})[name] = x.to(model.device)
-        for pivot, groups in buffer.items():
-            expected = {"reward", *Context._fields, "states", "candidates"}
-            if set(groups) != expected or not 0 <= pivot < model.chunks:
-                raise ValueError(f"it holds {', '.join(groups)} of chunk {pivot + 1}")
-    except (KeyError, IndexError, ValueError, TypeError) as error:
-        raise UserError(f"--buffer {file}: not a buffer of this project "
-                        f"({one_line(error)})") from error
+        expected, buffer = {}, []
+        for i, prompt in enumerate(found["prompts"]):
+            names = ("prefix", "states", "candidates", "reward")
+            buffer.append({"prompt": prompt} | {name: tensors[f"{i}.{name}"] for name in names})
+            half = len(model.timesteps), about["group"], *model.chunk_shape
+            prefix = min(len(buffer[i]["prefix"]), model.chunks - 1), *model.chunk_shape
+            expected |= {f"{i}.prefix": (prefix, torch.half), f"{i}.states": (half, torch.half),
+                         f"{i}.candidates": (half, torch.half),
+                         f"{i}.reward": ((about["group"],), torch.float32)}
+        check_tensors(tensors, expected)
+        model.begin(found["prompts"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"--buffer {file}: not a buffer ({one_line(error)})") from error
     return buffer
 
 
@@ -686,55 +759,71 @@ def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer
             groups: Callable, generator: torch.Generator) -> dict:
     """One iteration -> a row of metrics. groups(generator) gives what explore returns.
 
-    pivot (from 1), means of the reward and its components, deviation (of the reward inside a
-    group), flat_groups (share below the floor), what update returns, seconds. On-policy, one batch
-    of groups serves all updates (Algorithm 1); from the buffer each update draws its own, and the
-    row has their means.
+    pivot (from 1), means of the reward and its components, not_finite (rewards left out), deviation
+    (of the reward inside a group), flat_groups (share below the floor), what update returns,
+    seconds. On-policy, one batch of groups serves all updates (Algorithm 1); from the buffer each
+    update draws its own, and the row has their means.
     """
     began, rows = time.perf_counter(), []
     draws, updates = (method.updates, 1) if method.buffered else (1, method.updates)
     for _ in range(draws):
         with nullcontext() if method.buffered else adapter.on(model):
-            pivot, branches, scores = groups(generator)
-        deviation = scores["reward"].std(1, correction=0)
-        row = {"pivot": pivot + 1} | {name: value.mean().item() for name, value in scores.items()}
-        row |= {"deviation": deviation.mean().item(),
-                "flat_groups": (deviation < method.floor).float().mean().item()}
+            branches, scores = groups(generator)
+        scores = {name: x.where(x.isfinite(), math.nan) for name, x in scores.items()}
+        deviation = scores["reward"] - scores["reward"].nanmean(1, keepdim=True)
+        deviation = deviation.square().nanmean(1).sqrt()
+        row = {"pivot": branches.prefix.shape[1] + 1}
+        row |= {name: x.nanmean().item() for name, x in scores.items()}
+        row |= {"not_finite": scores["reward"].isnan().sum().item(),
+                "deviation": deviation.nanmean().item(),
+                "flat_groups": (~(deviation >= method.floor)).float().mean().item()}
         rows.append(row | update(model, adapter, branches, scores["reward"], method, optimizer,
                                  updates, generator))
     row = {name: sum(row[name] for row in rows) / draws for name in rows[0]}
-    row |= {"pivot": " ".join(str(row["pivot"]) for row in rows),
-            "skipped": sum(row["skipped"] for row in rows)}
+    row |= {"pivot": " ".join(str(row["pivot"]) for row in rows)}
+    row |= {name: sum(row[name] for row in rows) for name in ("skipped", "not_finite")}
     return row | {"seconds": time.perf_counter() - began}
 
 
 def align(name: str, model: Generator, method: Method, groups: Callable, judge_model: Callable,
-          judge_every: int, seed: int, folder: Path) -> tuple[Adapter, int]:
-    """Train one adapter -> it, and how many updates were not finite.
+          judge_every: int, save_every: int, seed: int, folder: Path,
+          record: dict) -> tuple[Adapter, list[dict]]:
+    """Train one adapter, from its checkpoint if there is one -> it, and the rows of iterate.
 
-    Writes NAME.csv (a row per iteration), NAME-curve.csv (what judge_model() returns, every few
-    iterations) and NAME.safetensors into the folder.
+    Writes NAME.csv (the rows), NAME-curve.csv (what judge_model() returns, every few iterations),
+    the adapter NAME/ with the record, and NAME.checkpoint.safetensors into the folder.
     """
     kind = "buffered" if method.buffered else "explored"    # methods of a kind share their streams
-    adapter = Adapter.new(model, method.rank, method.alpha, seeded(seed, kind, "adapter"))
+    adapter = Adapter.new(model, method.rank, method.alpha, seeded(seed, kind, "adapter"),
+                          method.targets)
     optimizer = torch.optim.AdamW(adapter.parameters(), method.lr, weight_decay=0)
-    bar, recent, skipped, shown = tqdm(range(method.steps + 1), desc=name, unit="it"), [], 0, {}
-    for step in bar:
-        if step > 0:
-            row = iterate(model, adapter, optimizer, method, groups, seeded(seed, kind, step))
-            append_row(folder / f"{name}.csv", {"step": step} | row)
-            recent, skipped = [*recent[-9:], row["reward"]], skipped + row["skipped"]
-            shown["buffer reward" if method.buffered else "training reward"] = (
-                f"{sum(recent) / len(recent):+.2f}")
-            shown["clipped"] = f"{row['clip_fraction']:.0%}"
-        if step % judge_every == 0 or step == method.steps:
-            with adapter.on(model):
-                point = {name: value.mean().item() for name, value in judge_model().items()}
-            append_row(folder / f"{name}-curve.csv", {"step": step} | point)
-            adapter.save(folder / f"{name}.safetensors", model)
-            shown["held-out reward"] = f"{point['reward']:+.2f}"
-        bar.set_postfix(shown | ({"not finite": skipped} if skipped else {}))
-    return adapter, skipped
+    file = folder / f"{name}.checkpoint.safetensors"
+    state = load_checkpoint(file, adapter.parameters(), optimizer) or {"rows": [], "curve": []}
+    rows, curve = state["rows"], state["curve"]             # the curve has a point at step 0
+    bar = tqdm(range(len(rows) + bool(curve), method.steps + 1), name, unit="it")
+    with deferred_interrupt() as interrupted:
+        for step in bar:
+            if step > 0:
+                row = iterate(model, adapter, optimizer, method, groups, seeded(seed, kind, step))
+                rows.append({"step": step} | row)
+                write_rows(folder / f"{name}.csv", rows)
+                recent = [row["reward"] for row in rows[-10:]]
+                bar.set_postfix({"reward": f"{sum(recent) / len(recent):+.2f}",
+                                 "clipped": f"{row['clip_fraction']:.0%}",
+                                 "held-out reward": f"{curve[-1]['reward']:+.2f}"})
+            if step % judge_every == 0 or step == method.steps:
+                with adapter.on(model):
+                    point = {key: value.mean().item() for key, value in judge_model().items()}
+                curve.append({"step": step} | point)
+                write_rows(folder / f"{name}-curve.csv", curve)
+            stop = interrupted()
+            if step % save_every == 0 or step == method.steps or stop:
+                adapter.save(folder / name, record | {"method": name, "step": step, "seed": seed,
+                                                      "steps": method.steps})
+                save_checkpoint(file, adapter.parameters(), optimizer, state)
+            if stop:
+                raise KeyboardInterrupt
+    return adapter, rows
 
 
 # ------------------------------------------------------------------ merging and the choice of s
@@ -744,7 +833,8 @@ def merge_adapters(*terms: tuple[Adapter, float]) -> Adapter:
     weights = {}
     for name in terms[0][0].weights:
         A = torch.cat([adapter.weights[name][0] for adapter, s in terms])
-        B = torch.cat([adapter.weights[name][1] * (s * adapter.scale) for adapter, s in terms], 1)
+        B = torch.cat([adapter.weights[name][1] * (s * adapter.alpha / adapter.rank)
+                       for adapter, s in terms], 1)
         weights[name] = A.detach(), B.detach()
     return Adapter(weights, alpha=float(A.shape[0]))                # α = r: the scales are in B
 
@@ -753,17 +843,14 @@ def choose_strength(scores: dict[float, tuple[float, float]],
                     base: tuple[float, float]) -> float | None:
     """Sec. 4.4: the largest s that improves both (reward, independent judge) over the base.
 
-    None if none does: use the semi-on-policy adapter alone (s = 0). Equal or NaN is no improvement.
+    None if none does. Departure: then the semi-on-policy adapter alone (s = 0) is used, which the
+    paper's rule does not cover. Equal or NaN is no improvement.
     """
     return max((s for s, (reward, judged) in scores.items()
                 if reward > base[0] and judged > base[1]), default=None)
 
 
 # ------------------------------------------------------------------ evaluation
-
-COLUMNS = ("reward", "ta", "vq", "mq", "judge", "text", "visual", "motion_quality", "all_right",
-           "area", "displacement", "spread")
-
 
 @torch.no_grad()
 def sample_batches(model: Generator, prompts: list[str], generator: torch.Generator,
@@ -772,22 +859,6 @@ def sample_batches(model: Generator, prompts: list[str], generator: torch.Genera
     parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
     return torch.cat([sample(model, part, draw_noise(model, len(part), generator))
                       for part in parts])
-
-
-def evaluate(clips: Tensor, prompts: list[str], reward: Callable) -> dict[str, Tensor]:
-    """Rewards, judge and detectors of collapse, each [prompts]: means over the clips of a prompt,
-    which must be adjacent.
-
-    judge: mean of text, visual and motion_quality, in [0, 1]. spread: standard deviation of the
-    mean positions of a prompt's clips, px; 0 if they are all the same.
-    """
-    scores = reward(clips, prompts) | judge(clips, prompts)
-    per_prompt = len(prompts) // len(set(prompts))
-    scores = {name: value.float().cpu().view(-1, per_prompt) for name, value in scores.items()}
-    variance = scores.pop("x").var(1, correction=0) + scores.pop("y").var(1, correction=0)
-    scores = {name: value.mean(1) for name, value in scores.items()}
-    total = (scores["text"] + scores["visual"] + scores["motion_quality"]) / 3
-    return scores | {"judge": total, "spread": variance.sqrt()}
 
 
 def held_out(model: Generator, reward: Callable, samples: int, seed: int,
@@ -800,9 +871,9 @@ def held_out(model: Generator, reward: Callable, samples: int, seed: int,
 
 def compare(model: Generator, reward: Callable, adapters: dict[str, Adapter], sweep: list[float],
             samples: int, seed: int) -> tuple[str, dict[str, Adapter], dict, dict]:
-    """Judge the base, the adapters and, given both of the recipe, their merges (the rows of Tables
-    1 and 3), on the same noise -> the chosen model ("" if nothing was merged); models, clips and
-    scores by name."""
+    """Judge the base, the adapters and, if the recipe's two are there, their merges (the rows of
+    Tables 1 and 3), on the same noise -> the chosen model ("" if nothing was merged); adapters
+    (None for the base), clips and scores by name."""
     models, strengths, clips, results = {"base": None} | adapters, {}, {}, {}
     if {"on-policy", "semi"} <= set(adapters):
         on, semi = adapters["on-policy"], adapters["semi"]
@@ -821,16 +892,19 @@ def compare(model: Generator, reward: Callable, adapters: dict[str, Adapter], sw
 
 # ------------------------------------------------------------------ command line
 
-def load(settings: Settings) -> tuple[Generator, ClipReward, WeightedReward]:
-    """The base, the open_clip model, and the reward on the scale of the base's own clips.
+def load(settings: Settings) -> tuple[Generator, WeightedReward, WeightedReward]:
+    """The base, the reward and the buffer's reward, on the scale of the base's own clips.
 
     Departure: each reward is standardised on the base's clips before the weighted mean is taken.
     """
-    device, weights = choose_device(settings.device), parse_weights(settings.reward_weights)
+    device, clip = choose_device(settings.device), settings.clip or str(ASSETS / "clip")
+    weights = parse_rewards(settings.reward, "reward")
+    buffered = parse_rewards(settings.buffer_reward, "buffer-reward")
     model = load_generator(settings.base, device, settings.precision == "bf16", settings.timesteps)
-    scorer = ClipReward(settings.clip, device)
+    functions = {name: load_reward(name, device, clip) for name in weights | buffered}
     clips = sample_batches(model, TRAIN_PROMPTS, seeded(0, "calibration"))     # for all seeds
-    return model, scorer, WeightedReward(scorer, weights, clips, TRAIN_PROMPTS)
+    reward = WeightedReward(functions, weights, clips, TRAIN_PROMPTS)
+    return model, reward, reward.reweighted(buffered)
 
 
 def methods(settings: Settings) -> dict[str, Method]:
@@ -846,82 +920,72 @@ def run(settings: Settings, own: dict[str, Method] | None = None,
     """Train the recipe's two adapters, or one by settings.method, or by the methods in `own`;
     judge them, and write all outputs to a run folder. Returns 0, or 1 if numbers were not finite.
 
-    wrap: from the reward to the one that on-policy training sees; the reports have the former.
+    wrap: from the reward to the one that on-policy training uses; reports use the former.
     """
-    began, folder = time.perf_counter(), Path(settings.out or time.strftime("runs/%Y%m%d-%H%M%S"))
-    check_folder(folder, new=True)
+    began, resume = time.perf_counter(), bool(settings.resume)
+    folder = Path(settings.resume or settings.out or time.strftime("runs/%Y%m%d-%H%M%S"))
+    if resume:
+        settings = resumed_settings(folder, type(settings))
+    else:
+        check_folder(folder, new=True)
     sweep = parse_sweep(settings.sweep)
-    buffer_weights = parse_weights(settings.buffer_weights, "buffer_weights")
-    model, scorer, reward = load(settings)
-    about = {"base": fingerprint(model), "clip": fingerprint(scorer.model), "flow": model.flow,
-             "buffer_weights": buffer_weights, "group": settings.group, "sigma": settings.sigma,
-             "timesteps": list(model.timesteps)}
-    buffer = load_buffer(settings.buffer, about, model) if settings.buffer else None
-    folder.mkdir(parents=True, exist_ok=bool(settings.out))
-    record = dataclasses.asdict(settings) | {"reward_scales": reward.scales}
-    (folder / "settings.json").write_text(json.dumps(record, indent=1) + "\n")
+    prompts = read_prompts(settings.prompts_file) if settings.prompts_file else TRAIN_PROMPTS
+    if len(prompts) < settings.prompts:
+        raise UserError(f"--prompts-file {settings.prompts_file}: has {len(prompts)} prompts; "
+                        f"--prompts {settings.prompts} needs as many")
+    model, reward, buffer_reward = load(settings)
+    record = {"base": model.fingerprint, "timesteps": list(model.timesteps)}
+    about = record | {"group": settings.group, "sigma": settings.sigma, "flow": model.flow,
+                      "reward": buffer_reward.weights, "reward models": buffer_reward.hashes()}
+    buffer = load_buffer(settings.buffer, model, about) if settings.buffer else None
+    Adapter.new(model, settings.rank, settings.alpha, targets=settings.targets)     # or UserError
+    folder.mkdir(parents=True, exist_ok=True)
+    held = lock(folder)                             # while this function runs
+    if not resume:
+        about_run = version() | {"torch": torch.__version__, "device": device_name(model.device),
+                                 "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+                                 "command": " ".join(sys.argv), "base": model.fingerprint,
+                                 "reward_scales": reward.scales}
+        saved = {"settings": dataclasses.asdict(settings), "run": about_run}
+        write_whole(folder / "settings.json", json.dumps(saved, indent=1) + "\n")
 
     def judge_model() -> dict[str, Tensor]:
         return held_out(model, reward, min(2, settings.judge_samples), settings.seed, "curve")[1]
     trained_on = wrap(reward)
     names = [settings.method] if settings.method else ["on-policy", "semi"]
-    adapters, skipped = {}, 0
+    adapters, rows = {}, []
     for name, method in (own or {name: methods(settings)[name] for name in names}).items():
         if method.buffered and buffer is None:
-            buffer = collect_buffer(model, method, TRAIN_PROMPTS, reward.reweighted(buffer_weights),
-                                    settings.buffer_groups, settings.seed)
-            save_buffer(buffer, folder / "buffer.safetensors", about)
+            file = folder / "buffer.safetensors"
+            if not file.exists():
+                save_buffer(collect_buffer(model, method, prompts, buffer_reward,
+                                           settings.buffer_groups, settings.seed), file, about)
+            buffer = load_buffer(file, model, about)
 
         def groups(generator: torch.Generator, method: Method = method):
             if method.buffered:
-                return draw_from(buffer, method.prompts, generator)
-            return explore(model, method, TRAIN_PROMPTS, trained_on, method.prompts, generator)
-        adapters[name], lost = align(name, model, method, groups, judge_model,
-                                     settings.judge_every, settings.seed, folder)
-        skipped += lost
+                return draw_from(buffer, model, method.prompts, generator)
+            return explore(model, method, prompts, trained_on, method.prompts, generator)
+        adapters[name], found = align(name, model, method, groups, judge_model,
+                                      settings.judge_every, settings.save_every, settings.seed,
+                                      folder, record)
+        rows += found
     trained = time.perf_counter() - began
     chosen, models, clips, results = compare(model, reward, adapters, sweep, settings.judge_samples,
                                              settings.seed)
     if chosen:
-        models[chosen].save(folder / "merged.safetensors", model)
-    write_report(folder, chosen, clips, results,
+        models[chosen].save(folder / "merged", record | {"method": f"merged, {chosen}"})
+    columns = ["reward", *reward.functions, *JUDGED]
+    write_report(folder, columns, chosen, clips, results,
                  f"{trained / 60:.1f} minutes to load and train on {model.device} "
                  f"({settings.precision}), {(time.perf_counter() - began) / 60:.1f} in all.")
-    finite = all(scores[c].isfinite().all() for scores in results.values() for c in COLUMNS)
-    if skipped or not finite:
-        print(f"arcopo: not finite: {skipped} updates were skipped"
+    held.close()
+    skipped, left_out = (sum(row[name] for row in rows) for name in ("skipped", "not_finite"))
+    finite = all(scores[c].isfinite().all() for scores in results.values() for c in columns)
+    if skipped or left_out or not finite:
+        print(f"arcopo: not finite: {skipped} updates were skipped, {left_out} rewards left out"
               + ("" if finite else ", and the table has NaN or infinity"), file=sys.stderr)
-    return int(skipped > 0 or not finite)
-
-
-def write_report(folder: Path, chosen: str, clips: dict[str, Tensor],
-                 results: dict[str, dict[str, Tensor]], duration: str) -> None:
-    """Write judged.csv, report.md (also printed) and models.gif."""
-    rows, base = [["model", *COLUMNS, "Δ reward", "Δ judge"]], results["base"]
-    for name, scores in results.items():
-        means = {column: scores[column].mean().item() for column in COLUMNS}
-        append_row(folder / "judged.csv", {"model": name} | means)
-        change = [scores[c] - base[c] for c in ("reward", "judge")]
-        rows.append([name + " *" * (name == chosen), *(f"{mean:.3f}" for mean in means.values()),
-                     *(f"{d.mean():+.3f} ± {d.std() / len(d) ** 0.5:.3f}" for d in change)])
-    shown = [name for name in results if name == chosen or not name.startswith("s = ")]
-    samples = len(clips["base"]) // len(HELD_OUT_PROMPTS)
-    prompts = zip(HELD_OUT_PROMPTS[::6], HELD_OUT_PROMPTS[3::6])
-    parts = [f"{samples} clips of each of {len(HELD_OUT_PROMPTS)} held-out prompts, the same noise "
-             "for all models; Δ: change from the base ± standard error over prompts; area in px², "
-             "displacement and spread in px.", markdown(rows)]
-    if chosen:
-        parts.append("\\* " + ("no s improves both reward and judge over the base: s = 0"
-                               if chosen == "semi" else
-                               "the largest s that improves both reward and judge over the base"))
-    parts += ["NAME-curve.csv: the same columns along training, on fewer clips with other noise.",
-              f"models.gif: {', '.join(shown)}; prompts by row:",
-              "\n".join(f"- {left}; {right}" for left, right in prompts), duration]
-    report = "\n\n".join(parts) + "\n"
-    (folder / "report.md").write_text(report, encoding="utf-8")
-    print(f"\n{report}Run folder: {folder}")
-    save_gif({name: clips[name][:: 3 * samples].unflatten(0, (4, 2)) for name in shown},
-             folder / "models.gif")
+    return int(skipped > 0 or left_out > 0 or not finite)
 
 
 def stream(settings: Settings) -> int:
@@ -938,9 +1002,12 @@ def stream(settings: Settings) -> int:
         noise = draw_noise(model, 1, seeded(settings.seed, "sampling"))
         for p in tqdm(range(model.chunks), desc="streaming", unit="chunk"):
             new, context = rollout(model, context, noise, p, p + 1)
-            chunks += new
+            chunks.append(new)
+    clip = model.decode(torch.cat(chunks, 1))
+    if not clip.isfinite().all():
+        raise UserError("--sample: the clip is not finite; the adapter or base is broken")
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_gif({"": model.decode(torch.stack(chunks, 1))[None]}, file, scale=8)
+    save_gif({"": clip[None]}, file, scale=8)
     print(f"wrote {file}")
     return 0
 

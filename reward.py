@@ -1,8 +1,9 @@
-"""The world, the judge and the reward of the AR-CoPO miniature; errors and files.
+"""The world, the judge and the rewards of the AR-CoPO miniature; options, files and reports.
 
 World    short 32x32 clips of one coloured shape in motion, with prompts.
 Judge    procedural: never trained, never a reward. In VBench's role: detects hacking.
-Reward   text alignment (TA), visual (VQ) and motion quality (MQ) from any open_clip model.
+Rewards  text alignment (TA), visual (VQ) and motion quality (MQ) from any open_clip model, others
+         by name, or one's own function.
 
 Clips are float tensors [N, FRAMES, 3, SIZE, SIZE] in [0, 1]; prompts are strings such as "a red
 circle moving right". Nothing here depends on the generator.
@@ -11,13 +12,21 @@ circle moving right". Nothing here depends on the generator.
 import argparse
 import copy
 import csv
+import functools
 import hashlib
+import importlib
 import io
+import json
 import logging
 import math
 import os
+import platform
+import signal
+import subprocess
 import sys
+import weakref
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import field, fields
 from pathlib import Path
 
@@ -32,11 +41,13 @@ from torch import Tensor
 ASSETS = Path(__file__).resolve().parent / "assets"
 
 
+# ------------------------------------------------------------------ options
+
 class UserError(Exception):
     """Bad input: one line that says what is wrong and what to do. Ends a command, exit code 2."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:600] or type(error).__name__
 
 
@@ -53,8 +64,8 @@ class Parser(argparse.ArgumentParser):
 
 def nonempty(value: str) -> str:
     """The type of an argument that must not be empty."""
-    if not value:
-        raise argparse.ArgumentTypeError("must not be empty")
+    if not value or "\0" in value:
+        raise argparse.ArgumentTypeError("must not be empty or contain a null byte")
     return value
 
 
@@ -69,9 +80,11 @@ def flag(name: str) -> str:
 
 
 def check_options(settings) -> None:
-    """Hold a dataclass of options against their valid values. Raises UserError."""
+    """Hold a dataclass of options against their types and valid values. Raises UserError."""
     for f in fields(settings):
         value, valid = getattr(settings, f.name), f.metadata["valid"]
+        if not isinstance(value, (int, float) if f.type is float else f.type):
+            raise UserError(f"{flag(f.name)} {value!r}: must be of type {f.type.__name__}")
         if valid[:1] in ("[", "("):
             low, high = map(float, valid[1:-1].split(","))
             ends = [end for end, closed in ((low, "[" in valid), (high, "]" in valid)) if closed]
@@ -90,29 +103,12 @@ def parse_options(cls: type, sections: dict[str, str], arguments: list | None, d
     for f in fields(cls):
         if f.name in sections:
             section = parser.add_argument_group(sections[f.name])
-        default = str(f.default).replace(str(ASSETS), ASSETS.name)
-        text = f.metadata["text"] + (f" [{default}]" if default else "")
+        text = f.metadata["text"] + (f" [{f.default}]" if f.default not in ("", 0) else "")
         text += f" (paper: {f.metadata['paper']})" if f.metadata["paper"] else ""
-        section.add_argument(
-            flag(f.name),
-            type=nonempty if f.type is str else f.type,
-            help=text,
-            metavar={int: "N", float: "X", str: "TEXT"}[f.type],
-            default=argparse.SUPPRESS,
-        )
+        section.add_argument(flag(f.name), type=nonempty if f.type is str else f.type, help=text,
+                             metavar={int: "N", float: "X", str: "TEXT"}[f.type],
+                             default=argparse.SUPPRESS)
     return cls(**vars(parser.parse_args(arguments and [str(a) for a in arguments])))
-
-
-def check_folder(folder: Path, new: bool = False) -> None:
-    """Raises UserError unless the folder is writable or can be created; new: also unless empty."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(
-            f"--out {folder}: {there} "
-            f"{'cannot be written to' if there.is_dir() else 'is a file'}; name another folder"
-        )
-    if new and there == folder and any(folder.iterdir()):
-        raise UserError(f"--out {folder}: is not empty; name a new folder")
 
 
 def choose_device(name: str) -> str:
@@ -126,53 +122,119 @@ def choose_device(name: str) -> str:
     return name
 
 
-def read_weights(file: str | Path, option: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file (never pickle). Raises UserError."""
-    if not Path(file).is_file():
-        raise UserError(f"{option} {file}: no such file")
-    try:
-        with safe_open(str(file), "pt") as f:
-            tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
-    except Exception as error:
-        raise UserError(
-            f"{option} {file}: not a whole safetensors file ({one_line(error)})"
-        ) from error
-    if not all(t.isfinite().all() for t in tensors.values()):
-        raise UserError(f"{option} {file}: holds numbers that are not finite")
-    return tensors, metadata
-
-
-def write_weights(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write all or nothing."""
-    part = Path(f"{file}.part")
-    try:
-        part.write_bytes(
-            save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
-        )
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+def device_name(device: torch.device) -> str:
+    return (torch.cuda.get_device_name(device) if device.type == "cuda" else
+            f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
 
 
 def command(name: str, call: Callable[[], int]) -> int:
     """Run a command -> its exit code: 2, with one line on stderr, for a UserError or an OSError."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # don't crash on terminals without Unicode
+        sys.stdout.reconfigure(errors="replace")    # don't crash on terminals without Unicode
     try:
         return call()
-    except SystemExit as stop:  # --help
+    except SystemExit as stop:                      # --help
         return stop.code or 0
     except (UserError, OSError) as error:
-        print(f"{name}: {one_line(error)}", file=sys.stderr)
-        return 2
+        message, code = one_line(error), 2
+    except KeyboardInterrupt as stop:               # its argument says how to go on
+        message, code = f"interrupted{stop}", 130
+    try:
+        print(f"{name}: {message}", file=sys.stderr)
+    except (OSError, ValueError):                   # stderr is closed
+        pass
+    return code
+
+
+# ------------------------------------------------------------------ files
+
+def check_folder(folder: Path, new: bool = False) -> None:
+    """Raises UserError unless the folder is writable or can be created; new: also unless empty."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        problem = "cannot be written to" if there.is_dir() else "is a file"
+        raise UserError(f"--out {folder}: {there} {problem}; name another folder")
+    if new and there == folder and any(folder.iterdir()):
+        raise UserError(f"--out {folder}: is not empty; name a new folder")
+
+
+def lock(folder: Path) -> io.IOBase:
+    """Only one process at a time writes to a run folder: until the file that this returns is
+    closed, or the process ends. Raises UserError."""
+    import fcntl
+
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise UserError(f"{folder}: another process writes to it; wait or stop it") from error
+    return file
+
+
+def write_whole(file: Path, data: bytes | str) -> None:
+    """Write all or nothing: whoever reads finds the old file or the new one. Raises UserError."""
+    part = Path(f"{file}.part")
+    try:
+        with open(part, "wb") as f:
+            f.write(data.encode() if isinstance(data, str) else data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, file)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{file}: cannot be written ({one_line(error)})") from error
+
+
+def checksum(tensors: dict[str, Tensor], record: dict) -> str:
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
+        digest.update(x.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write_weights(file: Path, tensors: dict[str, Tensor], record: dict) -> None:
+    """A safetensors file with a record (anything JSON holds) and a checksum of both. One key of
+    metadata: safetensors orders several at random."""
+    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    about = {"record": record, "checksum": checksum(tensors, record)}
+    write_whole(file, save(tensors, {"arcopo": json.dumps(about)}))
+
+
+def read_weights(file: str | Path, option: str) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and record of a file of write_weights (never pickle); the record has the checksum
+    too. Raises UserError."""
+    if not Path(file).is_file():
+        raise UserError(f"{option} {file}: no such file")
+    try:
+        with safe_open(str(file), "pt") as f:
+            about = json.loads((f.metadata() or {})["arcopo"])
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
+        if checksum(tensors, about["record"]) != about["checksum"]:
+            raise ValueError("its checksum is wrong: it is damaged")
+    except KeyError as error:
+        raise UserError(f"{option} {file}: not a file of this project") from error
+    except Exception as error:      # safetensors raises its own kinds
+        raise UserError(f"{option} {file}: not a whole safetensors file "
+                        f"({one_line(error)})") from error
+    if not all(x.isfinite().all() for x in tensors.values()):
+        raise UserError(f"{option} {file}: holds numbers that are not finite")
+    return tensors, about["record"] | {"checksum": about["checksum"]}
+
+
+def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple]) -> None:
+    """expected: {name: (shape, dtype)}, no more and no less. Raises ValueError."""
+    for name in sorted(set(tensors) | set(expected)):
+        found = (tuple(tensors[name].shape), tensors[name].dtype) if name in tensors else "nothing"
+        wanted = expected.get(name, "nothing")
+        if found != wanted:
+            raise ValueError(f"{name}: {found} in place of {wanted}")
 
 
 def fingerprint(module: torch.nn.Module) -> str:
-    """Hash of the weights: rejects adapters and buffers made for another base."""
-    digest = hashlib.sha256()
-    for x in module.state_dict().values():
-        digest.update(x.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """Hash of the weights."""
+    return checksum({name: x.cpu() for name, x in module.state_dict().items()}, {})[:16]
 
 
 def append_row(file: Path, row: dict) -> None:
@@ -183,6 +245,100 @@ def append_row(file: Path, row: dict) -> None:
         if new:
             writer.writeheader()
         writer.writerow(row)
+
+
+def write_rows(file: Path, rows: list[dict]) -> None:
+    """A whole CSV file."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(file, text.getvalue())
+
+
+def version() -> dict[str, str]:
+    """Hash of the two files of the method, and the commit if there is one."""
+    code = b"".join((ASSETS.parent / name).read_bytes() for name in ("arcopo.py", "reward.py"))
+    try:
+        git = subprocess.run(["git", "-C", str(ASSETS.parent), "rev-parse", "HEAD"],
+                             capture_output=True, text=True)
+        commit = git.stdout.strip()
+    except OSError:                                 # no git on this machine
+        commit = ""
+    return {"code": hashlib.sha256(code).hexdigest()[:16], "commit": commit}
+
+
+def save_checkpoint(file: Path, parameters: list[Tensor], optimizer: torch.optim.Optimizer,
+                    state: dict) -> None:
+    """The state of a training (anything JSON holds); the one before it is kept as FILE.previous."""
+    tensors = {f"parameter.{i}": p for i, p in enumerate(parameters)}
+    for i, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"{name}.{i}": x for name, x in moments.items()}
+    if file.exists():
+        os.replace(file, f"{file}.previous")
+    write_weights(file, tensors, {"state": state})
+
+
+def load_checkpoint(file: Path, parameters: list[Tensor],
+                    optimizer: torch.optim.Optimizer) -> dict | None:
+    """Restore parameters and optimizer -> the state; None if there is no checkpoint. A damaged one
+    is passed over for the one before it. Raises UserError if both are damaged."""
+    there = [path for path in (file, Path(f"{file}.previous")) if path.exists()]
+    for path in there:
+        try:
+            tensors, record = read_weights(path, "--resume")
+        except UserError as error:
+            print(f"{one_line(error)}; going back", file=sys.stderr)
+            continue
+        moments, device = {}, parameters[0].device
+        for i, p in enumerate(parameters):
+            p.data.copy_(tensors.pop(f"parameter.{i}"))
+        for key, x in tensors.items():
+            name, i = key.split(".")
+            moments.setdefault(int(i), {})[name] = x if name == "step" else x.to(device)
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+        return record["state"]
+    if there:
+        raise UserError(f"--resume: {file} and the one before it are damaged; delete both to train "
+                        "anew")
+    return None
+
+
+def resumed_settings(folder: Path, cls: type):
+    """The settings of a run. Raises UserError if this code cannot go on with it."""
+    try:
+        saved = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        settings, code = cls(**saved["settings"]), saved["run"]["code"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--resume {folder}: not the folder of a run of this program and version "
+                        f"({one_line(error)})") from error
+    if (folder / "models.gif").exists():
+        raise UserError(f"--resume {folder}: the run is complete")
+    if code != version()["code"]:
+        raise UserError(f"--resume {folder}: arcopo.py or reward.py changed since commit "
+                        f"{saved['run']['commit'] or '(none)'}; go back to it or start a new run")
+    return settings
+
+
+@contextmanager
+def deferred_interrupt():
+    """Inside, the first Ctrl-C only sets what the yielded function returns; the second stops."""
+    pressed = []
+
+    def handler(number, frame):
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(True)
+        print(" stops after this iteration", file=sys.stderr)
+    try:
+        before = signal.signal(signal.SIGINT, handler)
+    except ValueError:                              # not in the main thread: no handlers there
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -207,7 +363,7 @@ def save_gif(blocks: dict[str, Tensor], file: Path, scale: int = 4) -> None:
             frames = torch.cat([title.expand(len(frames), -1, -1, -1), frames], 1)
         parts += [frames, torch.full_like(frames[:, :, : 3 * scale], 255)]
     image = torch.cat(parts[:-1], 2).numpy()
-    iio.imwrite(file, image, extension=".gif", duration=150, loop=0)
+    write_whole(file, iio.imwrite("<bytes>", image, extension=".gif", duration=150, loop=0))
 
 
 # ------------------------------------------------------------------ world
@@ -215,35 +371,18 @@ def save_gif(blocks: dict[str, Tensor], file: Path, scale: int = 4) -> None:
 SIZE, CHUNKS, CHUNK_FRAMES = 32, 4, 3
 FRAMES = CHUNKS * CHUNK_FRAMES
 BACKGROUND = torch.full((3,), 0.06)
-COLOURS = {
-    "red": (0.95, 0.15, 0.15),
-    "green": (0.15, 0.85, 0.2),
-    "blue": (0.2, 0.35, 1.0),
-    "yellow": (0.95, 0.9, 0.15),
-    "purple": (0.75, 0.2, 0.9),
-    "cyan": (0.15, 0.85, 0.95),
-}
+COLOURS = {"red": (0.95, 0.15, 0.15), "green": (0.15, 0.85, 0.2), "blue": (0.2, 0.35, 1.0),
+           "yellow": (0.95, 0.9, 0.15), "purple": (0.75, 0.2, 0.9), "cyan": (0.15, 0.85, 0.95)}
 SHAPES = ("circle", "square", "triangle", "cross")
-MOTIONS = {
-    "moving left": (-1, 0),
-    "moving right": (1, 0),
-    "moving up": (0, -1),
-    "moving down": (0, 1),
-    "standing still": (0, 0),
-}
-QUALITIES = {
-    "sharp": 0.45,
-    "blurry": 0.20,
-    "noisy": 0.10,
-    "dim": 0.15,
-    "flickering": 0.10,
-}  # share of the training chunks
-PALETTE = torch.tensor(list(COLOURS.values())) - BACKGROUND  # [6, 3] above the background
-DIRECTIONS = torch.tensor(list(MOTIONS.values()), dtype=torch.float32)  # [5, 2] x, y
+MOTIONS = {"moving left": (-1, 0), "moving right": (1, 0), "moving up": (0, -1),
+           "moving down": (0, 1), "standing still": (0, 0)}
+QUALITIES = {"sharp": 0.45, "blurry": 0.20, "noisy": 0.10, "dim": 0.15,
+             "flickering": 0.10}                            # share of the training chunks
+PALETTE = torch.tensor(list(COLOURS.values())) - BACKGROUND                 # [6, 3]
+DIRECTIONS = torch.tensor(list(MOTIONS.values()), dtype=torch.float32)      # [5, 2] x, y
 
-TRIPLES = [
-    (c, s, m) for c in range(len(COLOURS)) for s in range(len(SHAPES)) for m in range(len(MOTIONS))
-]
+TRIPLES = [(c, s, m) for c in range(len(COLOURS)) for s in range(len(SHAPES))
+           for m in range(len(MOTIONS))]
 
 
 def prompt_of(colour: int, shape: int, motion: int) -> str:
@@ -253,8 +392,8 @@ def prompt_of(colour: int, shape: int, motion: int) -> str:
 # The split: every fifth combination along each axis is held out, so that each word, and each
 # pair of words, also occurs in training prompts.
 # Nothing is ever trained on a held-out combination: not the base, not the CLIP, not an adapter.
-TRAIN_PROMPTS = [prompt_of(*t) for t in TRIPLES if sum(t) % 5 != 0]  # 96
-HELD_OUT_PROMPTS = [prompt_of(*t) for t in TRIPLES if sum(t) % 5 == 0]  # 24
+TRAIN_PROMPTS = [prompt_of(*t) for t in TRIPLES if sum(t) % 5 != 0]         # 96
+HELD_OUT_PROMPTS = [prompt_of(*t) for t in TRIPLES if sum(t) % 5 == 0]      # 24
 
 
 def attributes(prompts: list[str]) -> Tensor:
@@ -264,13 +403,12 @@ def attributes(prompts: list[str]) -> Tensor:
     for prompt in prompts:
         if prompt not in known:
             unknown = [word for word in prompt.split() if word not in words]
-            raise UserError(
-                f"prompt {prompt!r}: "
-                + (f"unknown word {unknown[0]!r}; " if unknown else "not of the world; ")
-                + "expected 'a COLOUR SHAPE MOTION', "
-                + f"COLOUR one of {', '.join(COLOURS)}; SHAPE one of "
-                + f"{', '.join(SHAPES)}; MOTION one of {', '.join(MOTIONS)}"
-            )
+            raise UserError(f"prompt {prompt!r}: "
+                            + (f"unknown word {unknown[0]!r}; " if unknown else
+                               "not of the world; ")
+                            + "expected 'a COLOUR SHAPE MOTION', COLOUR one of "
+                            f"{', '.join(COLOURS)}; SHAPE one of {', '.join(SHAPES)}; MOTION one "
+                            f"of {', '.join(MOTIONS)}")
     return torch.tensor([known[prompt] for prompt in prompts]).reshape(-1, 3)
 
 
@@ -283,27 +421,19 @@ def coverage(shape: Tensor, centre: Tensor, radius: Tensor) -> Tensor:
     x = axis[None, None, :] - centre[:, 0, None, None]
     y = axis[None, :, None] - centre[:, 1, None, None]
     r = radius[:, None, None]
-    box = lambda w, h: torch.maximum(x.abs() - w, y.abs() - h)
-    half, apex, arm = (
-        0.8862 * r,
-        1.5551 * r,
-        1.1532 * r,
-    )  # square's half side, triangle's circumradius, cross's half length
-    distance = torch.stack(
-        [
-            (x.square() + y.square()).sqrt() - r,
-            box(half, half),
-            torch.maximum(y - apex / 2, 0.8660 * x.abs() - 0.5 * y - apex / 2),
-            torch.minimum(box(arm, 0.36 * arm), box(0.36 * arm, arm)),
-        ],
-        1,
-    )  # [N, 4, SIZE, SIZE] signed distance to each shape's edge
+    half, apex, arm = 0.8862 * r, 1.5551 * r, 1.1532 * r    # half a square's side, a triangle's
+    box = lambda w, h: torch.maximum(x.abs() - w, y.abs() - h)      # circumradius, half a cross
+    distance = torch.stack([                # [N, 4, SIZE, SIZE] signed, to each shape's edge
+        (x.square() + y.square()).sqrt() - r,
+        box(half, half),
+        torch.maximum(y - apex / 2, 0.8660 * x.abs() - 0.5 * y - apex / 2),
+        torch.minimum(box(arm, 0.36 * arm), box(0.36 * arm, arm)),
+    ], 1)
     return (0.5 - distance[torch.arange(len(shape)), shape]).clamp(0, 1)
 
 
-def make_clips(
-    prompts: list[str], generator: torch.Generator, quality: str | None = None
-) -> Tensor:
+def make_clips(prompts: list[str], generator: torch.Generator,
+               quality: str | None = None) -> Tensor:
     """Draw a clip of the world for each prompt: [N, FRAMES, 3, SIZE, SIZE] in [0, 1].
 
     Size, speed and start are random. Clips are of mixed quality chunk by chunk, like scraped video:
@@ -313,55 +443,35 @@ def make_clips(
     triple, n = attributes(prompts), len(prompts)
     uniform = lambda low, high, *size: low + (high - low) * torch.rand(*size, generator=generator)
     radius, speed = uniform(4.0, 5.5, n), uniform(0.4, 1.2, n)
-    velocity = DIRECTIONS[triple[:, 2], None] * speed[:, None, None]  # [N, 1, 2] px a frame
+    velocity = DIRECTIONS[triple[:, 2], None] * speed[:, None, None]    # [N, 1, 2] px a frame
     if quality is None:
-        velocity = velocity * uniform(0.5, 1.5, n, CHUNKS, 1) + 0.25 * torch.randn(
-            n, CHUNKS, 2, generator=generator
-        )
-        kind = torch.multinomial(
-            torch.tensor(list(QUALITIES.values())), n * CHUNKS, True, generator=generator
-        ).view(n, CHUNKS)
+        velocity = velocity * uniform(0.5, 1.5, n, CHUNKS, 1)
+        velocity = velocity + 0.25 * torch.randn(n, CHUNKS, 2, generator=generator)
+        shares = torch.tensor(list(QUALITIES.values()))
+        kind = torch.multinomial(shares, n * CHUNKS, True, generator=generator).view(n, CHUNKS)
     else:
         velocity = velocity.expand(n, CHUNKS, 2)
         kind = torch.full((n, CHUNKS), list(QUALITIES).index(quality))
-    path = velocity.repeat_interleave(CHUNK_FRAMES, 1).cumsum(1)  # [N, FRAMES, 2]
-    low, high = 7 - path.amin(1), SIZE - 7 - path.amax(1)  # starts that stay in view
+    path = velocity.repeat_interleave(CHUNK_FRAMES, 1).cumsum(1)        # [N, FRAMES, 2]
+    low, high = 7 - path.amin(1), SIZE - 7 - path.amax(1)               # starts that stay in view
     start = torch.where(low < high, low + (high - low) * uniform(0, 1, n, 2), (low + high) / 2)
     centre = (start[:, None] + path).flatten(0, 1)
-    mask = coverage(
-        triple[:, 1].repeat_interleave(FRAMES), centre, radius.repeat_interleave(FRAMES)
-    )
-    signal = (
-        mask[:, None] * PALETTE[triple[:, 0]].repeat_interleave(FRAMES, 0)[:, :, None, None]
-    )  # [N*FRAMES, 3, H, W]
+    shape, colour = (triple[:, i].repeat_interleave(FRAMES) for i in (1, 0))
+    mask = coverage(shape, centre, radius.repeat_interleave(FRAMES))
+    signal = mask[:, None] * PALETTE[colour][:, :, None, None]          # [N*FRAMES, 3, H, W]
 
-    kind = kind.repeat_interleave(CHUNK_FRAMES, 1).flatten()  # per frame
-    level = (
-        uniform(0, 1, n, CHUNKS).repeat_interleave(CHUNK_FRAMES, 1).flatten()
-    )  # strength, one per chunk
-    pick = lambda name: (kind == list(QUALITIES).index(name))[:, None, None, None]
-    gain = (
-        1
-        - pick("dim") * (0.35 + 0.3 * level[:, None, None, None])
-        - pick("flickering") * uniform(0, 0.7, n * FRAMES, 1, 1, 1)
-    )
+    per_frame = lambda z: z.repeat_interleave(CHUNK_FRAMES, 1).flatten()[:, None, None, None]
+    kind, level = per_frame(kind), per_frame(uniform(0, 1, n, CHUNKS))  # level: of the fault
+    pick = lambda name: kind == list(QUALITIES).index(name)
+    gain = 1 - pick("dim") * (0.35 + 0.3 * level)
+    gain = gain - pick("flickering") * uniform(0, 0.7, n * FRAMES, 1, 1, 1)
     blurred = F.avg_pool2d(F.avg_pool2d(signal, 3, 1, 1), 3, 1, 1)
-    signal = (
-        torch.where(
-            pick("blurry"), signal.lerp(blurred, (0.6 + 0.4 * level)[:, None, None, None]), signal
-        )
-        * gain
-    )
-    noise = (
-        torch.randn(signal.shape, generator=generator)
-        * (0.08 + 0.12 * level[:, None, None, None])
-        * pick("noisy")
-    )
+    signal = torch.where(pick("blurry"), signal.lerp(blurred, 0.6 + 0.4 * level), signal) * gain
+    noise = torch.randn(signal.shape, generator=generator) * (0.08 + 0.12 * level) * pick("noisy")
     return (BACKGROUND[:, None, None] + signal + noise).clamp(0, 1).view(n, FRAMES, 3, SIZE, SIZE)
 
 
 # ------------------------------------------------------------------ judge
-
 
 def judge(clips: Tensor, prompts: list[str]) -> dict[str, Tensor]:
     """Measure clips [N, FRAMES, 3, SIZE, SIZE] against their prompts by fixed rules -> entries [N].
@@ -386,60 +496,37 @@ def judge(clips: Tensor, prompts: list[str]) -> dict[str, Tensor]:
     """
     clips, triple = clips.float(), attributes(prompts).to(clips.device)
     n, palette = len(clips), PALETTE.to(clips.device)
-    signal = clips - BACKGROUND.to(clips.device)[:, None, None]  # [N, F, 3, H, W]
-    pull = torch.einsum(
-        "nfchw,nfhw->nc", signal, signal.square().sum(2)
-    )  # strong pixels count most
-    colour = F.cosine_similarity(pull[:, None], palette, dim=-1).argmax(-1)  # [N]
+    signal = clips - BACKGROUND.to(clips.device)[:, None, None]             # [N, F, 3, H, W]
+    pull = torch.einsum("nfchw,nfhw->nc", signal, signal.square().sum(2))   # bright pixels count
+    colour = F.cosine_similarity(pull[:, None], palette, dim=-1).argmax(-1)     # [N]
     unit = palette[colour] / palette[colour].square().sum(-1, keepdim=True)
-    mask = torch.einsum("nfchw,nc->nfhw", signal, unit).flatten(
-        0, 1
-    )  # [N*F, H, W] 1 inside the shape
-    level = mask.flatten(1).topk(24).values.mean(1)  # brightness of the shape itself
+    mask = torch.einsum("nfchw,nc->nfhw", signal, unit).flatten(0, 1)   # [N*F, H, W] 1 inside
+    level = mask.flatten(1).topk(24).values.mean(1)         # brightness of the shape itself
     seen = level > 0.15
     mask = mask / level.clamp_min(0.15)[:, None, None]
-    near = F.max_pool2d((mask > 0.5).float(), 3, 1, 1)  # the shape and its soft edge
+    near = F.max_pool2d((mask > 0.5).float(), 3, 1, 1)      # the shape and its soft edge
     weight = mask.clamp(0, 1) * near
-    area = weight.sum((1, 2))  # [N*F] px
+    area = weight.sum((1, 2))                               # [N*F] px
     axis = torch.arange(SIZE, device=clips.device) + 0.5
-    centre = (
-        torch.stack([(weight.sum(1) * axis).sum(1), (weight.sum(2) * axis).sum(1)], -1)
-        / area.clamp_min(1)[:, None]
-    )
-    radius = (area / math.pi).sqrt()
-    ideals = torch.stack(
-        [
-            coverage(torch.full_like(area, s, dtype=torch.long), centre, radius)
-            for s in range(len(SHAPES))
-        ],
-        1,
-    )
-    error = (
-        (ideals - mask.clamp(0, 1.2)[:, None]).square().sum((2, 3)).view(n, FRAMES, -1)
-    )  # [N, F, 4]
-    shape = error.sum(1).argmin(-1)  # [N]
+    moment = torch.stack([(weight.sum(1) * axis).sum(1), (weight.sum(2) * axis).sum(1)], -1)
+    centre, radius = moment / area.clamp_min(1)[:, None], (area / math.pi).sqrt()
+    index = [torch.full_like(area, s, dtype=torch.long) for s in range(len(SHAPES))]
+    ideals = torch.stack([coverage(s, centre, radius) for s in index], 1)   # [N*F, 4, H, W]
+    error = (ideals - mask.clamp(0, 1.2)[:, None]).square().sum((2, 3))
+    shape = error.view(n, FRAMES, -1).sum(1).argmin(-1)     # [N]
 
-    ideal = ideals.view(n, FRAMES, len(SHAPES), SIZE, SIZE)[
-        torch.arange(n), :, shape
-    ]  # [N, F, H, W]
-    ideal = ideal[:, :, None] * palette[colour][:, None, :, None, None]  # [N, F, 3, H, W]
+    ideal = ideals.view(n, FRAMES, len(SHAPES), SIZE, SIZE)[torch.arange(n), :, shape]
+    ideal = ideal[:, :, None] * palette[colour][:, None, :, None, None]     # [N, F, 3, H, W]
     visual = 1 - (signal - ideal).flatten(2).norm(dim=2) / ideal.flatten(2).norm(dim=2).clamp_min(1)
     seen, centre, area = seen.view(n, FRAMES), centre.view(n, FRAMES, 2), area.view(n, FRAMES)
     way = centre[:, -1] - centre[:, 0]
-    axis_of = (
-        way.abs().argmax(1, keepdim=True) == torch.arange(2, device=clips.device)
-    ) * way.sign()
-    heading = torch.where(
-        way.norm(dim=1, keepdim=True) < 2, torch.zeros_like(way), axis_of
-    )  # a row of DIRECTIONS
+    largest = way.abs().argmax(1, keepdim=True) == torch.arange(2, device=clips.device)
+    heading = largest * way.sign() * (way.norm(dim=1, keepdim=True) >= 2)   # a row of DIRECTIONS
     acceleration = (centre[:, 2:] - 2 * centre[:, 1:-1] + centre[:, :-2]).norm(dim=-1).mean(1)
     light = area * level.view(n, FRAMES)
     flicker = light.diff(dim=1).abs().mean(1) / light.mean(1).clamp_min(1)
-    right = {
-        "colour": colour == triple[:, 0],
-        "shape": shape == triple[:, 1],
-        "direction": (heading == DIRECTIONS.to(clips.device)[triple[:, 2]]).all(1),
-    }
+    right = {"colour": colour == triple[:, 0], "shape": shape == triple[:, 1],
+             "direction": (heading == DIRECTIONS.to(clips.device)[triple[:, 2]]).all(1)}
     right = {name: (value & (seen.sum(1) > FRAMES // 2)).float() for name, value in right.items()}
     right["direction"] = right["direction"] * seen[:, 0] * seen[:, -1]
     return right | {
@@ -456,8 +543,8 @@ def judge(clips: Tensor, prompts: list[str]) -> dict[str, Tensor]:
 
 # ------------------------------------------------------------------ reward
 
-COMPONENTS = ("ta", "vq", "mq")
 WORDINGS = ("sharp", "blurry", "noisy", "dim")
+MODELS = ASSETS.parent / "models"           # downloaded weights of rewards; not in the repository
 
 
 def worded(prompt: str, quality: str) -> str:
@@ -466,16 +553,19 @@ def worded(prompt: str, quality: str) -> str:
 
 
 class ClipReward:
-    """Three rewards from one open_clip model: (clips, prompts) -> {"ta", "vq", "mq": [N]}.
+    """Rewards from one open_clip model. Each takes clips [N, F, 3, H, W] in [0, 1] and N prompts
+    and returns [N]:
 
-    ta  text alignment: mean cosine of the frames with the prompt.
-    vq  visual quality, as in CLIP-IQA (Wang et al. 2023): probability of the sharp wording of the
-        prompt against its opposite, mean over three opposites (blurry, noisy, dim) and over frames.
-    mq  motion quality: mean cosine of consecutive frames.
+    text_alignment   mean cosine of the frames with the prompt.
+    visual_quality   as in CLIP-IQA (Wang et al. 2023): probability of the sharp wording of the
+                     prompt against its opposite, mean over three opposites (blurry, noisy, dim)
+                     and over frames.
+    motion_quality   mean cosine of consecutive frames.
 
     name: 'ARCH:TAG' of open_clip ('ViT-B-32:laion2b_s34b_b79k', downloaded once), 'ARCH:FILE' with
     local weights, or a folder (or a file in it) with open_clip_config.json and
-    open_clip_model.safetensors. Weights load from safetensors only. Raises UserError.
+    open_clip_model.safetensors. Weights are safetensors, or a .pt file that torch loads with
+    weights_only, which runs no code of the file. Raises UserError.
     """
 
     def __init__(self, name: str = str(ASSETS / "clip"), device: str | torch.device = "cpu"):
@@ -484,59 +574,42 @@ class ClipReward:
         architecture, _, weights = ("", "", name) if Path(name).exists() else name.rpartition(":")
         tags = open_clip.list_pretrained_tags_by_model(architecture)
         if architecture and architecture not in open_clip.list_models():
-            raise UserError(
-                f"--clip {name}: open_clip has no model {architecture!r}; "
-                "open_clip.list_models() lists them"
-            )
+            raise UserError(f"--clip {name}: open_clip has no model {architecture!r}; "
+                            "open_clip.list_models() lists them")
         if architecture and weights not in tags and not Path(weights).is_file():
-            raise UserError(
-                f"--clip {name}: {weights!r} is neither a file nor one of the tags of "
-                f"{architecture}: {', '.join(tags)}"
-            )
+            raise UserError(f"--clip {name}: {weights!r} is neither a file nor one of the tags of "
+                            f"{architecture}: {', '.join(tags)}")
         file = Path(weights)
-        if not architecture:  # a folder, or a file in it
+        if not architecture:                                    # a folder, or a file in it
             folder = file.parent if file.is_file() else file
-            file, architecture, weights = (
-                folder / "open_clip_model.safetensors",
-                f"local-dir:{folder}",
-                None,
-            )
-            if (
-                not (folder / "open_clip_config.json").is_file()
-                or Path(name).is_file()
-                and Path(name) != file
-            ):
-                raise UserError(
-                    f"--clip {name}: expected ARCH:TAG (ViT-B-32:laion2b_s34b_b79k), ARCH:FILE, "
-                    "or a folder with "
-                    "open_clip_config.json and open_clip_model.safetensors"
-                )
+            file = folder / "open_clip_model.safetensors"
+            architecture, weights = f"local-dir:{folder}", None
+            if (not (folder / "open_clip_config.json").is_file()
+                    or Path(name).is_file() and Path(name) != file):
+                raise UserError(f"--clip {name}: expected ARCH:TAG (ViT-B-32:laion2b_s34b_b79k), "
+                                "ARCH:FILE, or a folder with open_clip_config.json and "
+                                "open_clip_model.safetensors")
         try:
             if weights in tags:
-                logging.getLogger("huggingface_hub").setLevel(
-                    logging.ERROR
-                )  # our error line is enough
-                file = Path(
-                    open_clip.download_pretrained(
-                        open_clip.get_pretrained_cfg(architecture, weights)
-                    )
-                )
-            if file.suffix != ".safetensors" or not file.is_file():
-                raise FileNotFoundError(
-                    f"weights must be a .safetensors file, never a pickle; found {file}"
-                )
-            self.model = open_clip.create_model(
-                architecture, pretrained=weights, device=device, require_pretrained=True
-            ).eval()
+                logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+                config = open_clip.get_pretrained_cfg(architecture, weights)
+                file = Path(open_clip.download_pretrained(config))
+            if file.suffix not in (".safetensors", ".pt") or not file.is_file():
+                raise FileNotFoundError(f"weights must be a .safetensors or .pt file; found {file}")
+            if file.suffix == ".safetensors":
+                with safe_open(str(file), "pt") as f:
+                    ours = "arcopo" in (f.metadata() or {})
+                if ours:
+                    read_weights(file, "--clip")        # for its checksum
+            self.model = open_clip.create_model(architecture, pretrained=weights, device=device,
+                                                require_pretrained=True).eval()
             self.tokenizer = open_clip.get_tokenizer(architecture)
-        except (
-            Exception
-        ) as error:  # open_clip raises a dozen kinds: no network, truncated, wrong shape
-            raise UserError(
-                f"--clip {name}: open_clip cannot load it ({one_line(error)})"
-            ) from error
+        except Exception as error:      # open_clip raises a dozen kinds: no network, wrong shape
+            raise UserError(f"--clip {name}: open_clip cannot load it "
+                            f"({one_line(error)})") from error
         self.model.requires_grad_(False)
         self.device = torch.device(device)
+        self.texts, self.frames = {}, (lambda: None, None)      # what was encoded already
 
     @torch.no_grad()
     def text_features(self, texts: list[str]) -> Tensor:
@@ -545,98 +618,202 @@ class ClipReward:
 
     @torch.no_grad()
     def frame_features(self, frames: Tensor) -> Tensor:
-        """frames [N, 3, H, W] in [0, 1] -> unit vectors [N, D]; the model's own preprocessing."""
-        visual = self.model.visual
-        size = (
-            visual.image_size
-            if isinstance(visual.image_size, (tuple, list))
-            else (visual.image_size,) * 2
-        )
-        mean, std = (
-            torch.tensor(v, device=self.device)[:, None, None]
-            for v in (visual.image_mean, visual.image_std)
-        )
-        features = []
+        """frames [N, 3, H, W] in [0, 1] -> unit vectors [N, D]. The model's own preprocessing: the
+        shorter side is resized, then the centre is cropped."""
+        visual, features = self.model.visual, []
+        size = visual.image_size
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        mean, std = (torch.tensor(v, device=self.device)[:, None, None]
+                     for v in (visual.image_mean, visual.image_std))
+        scale = max(height / frames.shape[2], width / frames.shape[3])
+        resized = [max(s, round(scale * n)) for s, n in zip((height, width), frames.shape[2:])]
+        top, left = (resized[0] - height) // 2, (resized[1] - width) // 2
         for part in frames.split(256):
             part = part.to(self.device, torch.float32)
-            if tuple(part.shape[-2:]) != tuple(size):
-                part = F.interpolate(part, size, mode="bicubic", antialias=True).clamp(0, 1)
+            if list(part.shape[2:]) != resized:
+                part = F.interpolate(part, resized, mode="bicubic", antialias=True).clamp(0, 1)
+            part = part[:, :, top : top + height, left : left + width]
             features.append(self.model.encode_image((part - mean) / std, normalize=True).float())
         return torch.cat(features)
 
-    def __call__(self, clips: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-        n = len(clips)
-        frames = self.frame_features(clips.flatten(0, 1)).view(n, clips.shape[1], -1)  # [N, F, D]
-        unique = sorted(set(prompts))
-        texts = self.text_features(
-            [t for p in unique for t in (p, *(worded(p, q) for q in WORDINGS))]
-        )
-        texts = texts.view(len(unique), 1 + len(WORDINGS), -1)[
-            [unique.index(p) for p in prompts]
-        ]  # [N, 5, D]
-        cosine = torch.einsum("nfd,nkd->nfk", frames, texts)  # [N, F, 5]
-        vq = (
-            (self.model.logit_scale.exp() * (cosine[..., 1:2] - cosine[..., 2:])).sigmoid().mean(-1)
-        )  # softmax of each pair
-        return {
-            "ta": cosine[..., 0].mean(1),
-            "vq": vq.mean(1),
-            "mq": (frames[:, 1:] * frames[:, :-1]).sum(-1).mean(1),
-        }
+    def clip_features(self, clips: Tensor) -> Tensor:
+        """clips [N, F, 3, H, W] -> [N, F, D]; the last clips are kept, for the next reward."""
+        if self.frames[0]() is not clips:
+            features = self.frame_features(clips.flatten(0, 1)).view(*clips.shape[:2], -1)
+            self.frames = weakref.ref(clips), features
+        return self.frames[1]
+
+    def cosines(self, clips: Tensor, prompts: list[str]) -> Tensor:
+        """Of each frame with the prompt and its four wordings: [N, F, 5]."""
+        for p in set(prompts) - set(self.texts):
+            self.texts[p] = self.text_features([p, *(worded(p, q) for q in WORDINGS)])
+        texts = torch.stack([self.texts[p] for p in prompts])
+        return torch.einsum("nfd,nkd->nfk", self.clip_features(clips), texts)
+
+    def text_alignment(self, clips: Tensor, prompts: list[str]) -> Tensor:
+        return self.cosines(clips, prompts)[..., 0].mean(1)
+
+    def visual_quality(self, clips: Tensor, prompts: list[str]) -> Tensor:
+        cosine = self.cosines(clips, prompts)
+        logits = self.model.logit_scale.exp() * (cosine[..., 1:2] - cosine[..., 2:])
+        return logits.sigmoid().mean((1, 2))                    # the softmax of each pair
+
+    def motion_quality(self, clips: Tensor, prompts: list[str]) -> Tensor:
+        features = self.clip_features(clips)
+        return (features[:, 1:] * features[:, :-1]).sum(-1).mean(1)
+
+
+def downloaded(file: str, url: str) -> Path:
+    """A file in MODELS. Raises UserError that says where to get it."""
+    if not (MODELS / file).is_file():
+        raise UserError(f"--reward: {MODELS / file} is missing; download it from {url}")
+    return MODELS / file
+
+
+def hps(device: str, architecture: str = "ViT-H-14") -> Callable:
+    """HPSv2.1 (Wu et al. 2023): cosine of frames and prompt, a CLIP tuned to human preference."""
+    file = downloaded("HPS_v2.1_compressed.pt", "https://huggingface.co/xswu/HPSv2")
+    return ClipReward(f"{architecture}:{file}", device).text_alignment
+
+
+class Aesthetic:
+    """LAION's aesthetic predictor (Schuhmann 2022): linear layers on unit CLIP features, about 1
+    to 10. (clips, prompts) -> mean over frames [N]."""
+
+    def __init__(self, device: str, architecture: str = "ViT-L-14-quickgelu"):
+        file = downloaded("vit_large_patch14_clip_224.openai.safetensors", "https://huggingface.co/"
+                          "timm/vit_large_patch14_clip_224.openai (open_clip_model.safetensors)")
+        head = downloaded("sac+logos+ava1-l14-linearMSE.pth",
+                          "https://github.com/christophschuhmann/improved-aesthetic-predictor")
+        self.clip = ClipReward(f"{architecture}:{file}", device)
+        self.model = self.clip.model
+        sizes = (768, 1024, 128, 64, 16, 1)     # dropout, without effect here, has numbers too
+        layers = {f"layers.{i}": n for i, n in zip((0, 2, 4, 6, 7), zip(sizes, sizes[1:]))}
+        try:
+            weights = torch.load(head, device, weights_only=True)
+            expected = {f"{name}.{part}": shape for name, (fan_in, fan_out) in layers.items()
+                        for part, shape in (("weight", (fan_out, fan_in)), ("bias", (fan_out,)))}
+            if {name: tuple(x.shape) for name, x in weights.items()} != expected:
+                raise ValueError("other names or shapes of layers")
+        except Exception as error:
+            raise UserError(f"--reward: {head} is not LAION's head ({one_line(error)})") from error
+        self.layers = [(weights[f"{n}.weight"].float(), weights[f"{n}.bias"].float())
+                       for n in layers]
+
+    def __call__(self, clips: Tensor, prompts: list[str]) -> Tensor:
+        x = self.clip.clip_features(clips)
+        for weight, bias in self.layers:
+            x = F.linear(x, weight, bias)
+        return x[..., 0].mean(1)
+
+
+clip_reward = functools.cache(ClipReward)       # one model for the rewards that share it
+
+REWARDS: dict[str, Callable] = {
+    "ta": lambda device, clip: clip_reward(clip, device).text_alignment,
+    "vq": lambda device, clip: clip_reward(clip, device).visual_quality,
+    "mq": lambda device, clip: clip_reward(clip, device).motion_quality,
+    "hps": lambda device, clip: hps(device),
+    "aesthetic": lambda device, clip: Aesthetic(device),
+}
+"""name -> factory(device, --clip) -> fn(clips [N, F, 3, H, W] in [0, 1], prompts) -> [N]."""
+
+
+def parse_rewards(text: str, name: str) -> dict[str, float]:
+    """'ta=1,my_rewards:blue=0.5', the setting `name` -> {"ta": 1.0, "my_rewards:blue": 0.5}."""
+    try:
+        parts = [part.rsplit("=", 1) for part in text.split(",")]
+        weights = {reward.strip(): float(weight) for reward, weight in parts}
+    except ValueError:
+        weights = {}
+    if (not any(weights.values()) or not all(0 <= w < math.inf for w in weights.values())
+            or not all(reward in REWARDS or ":" in reward for reward in weights)):
+        raise UserError(f"--{name} {text}: expected NAME=WEIGHT,... with a NAME of "
+                        f"{', '.join(REWARDS)} or module:function, each weight >= 0 and one above")
+    return weights
+
+
+def load_reward(name: str, device: str, clip: str) -> Callable:
+    """A reward of the registry, or fn(clips, prompts) -> [N] of a module on the path or in the
+    current folder. Raises UserError."""
+    if name in REWARDS:
+        return REWARDS[name](device, clip)
+    module, _, function = name.partition(":")
+    sys.path.insert(0, "")                      # the current folder
+    try:
+        return getattr(importlib.import_module(module), function)
+    except Exception as error:
+        raise UserError(f"--reward {name}: cannot import it "
+                        f"({type(error).__name__}: {one_line(error)})") from error
+    finally:
+        sys.path.remove("")
 
 
 class WeightedReward:
-    """Σ w_k z_k / Σ w_k, where z_k is a component standardised on reference clips.
+    """Σ w_k z_k / Σ w_k, where z_k is reward k standardised on reference clips.
 
-    components(clips, prompts) -> {name: [N]}; a call returns also {"reward": [N]}.
+    functions: {name: fn(clips, prompts) -> [N]}; a call returns {"reward": [N]} and each function's
+    [N] under its name. Raises UserError for a function that returns anything else.
     """
 
-    def __init__(
-        self, components: Callable, weights: dict[str, float], clips: Tensor, prompts: list[str]
-    ):
-        self.components, self.weights = components, weights
-        self.scales = {
-            name: (value.mean().item(), value.std().item())
-            for name, value in components(clips, prompts).items()
-        }
+    def __init__(self, functions: dict[str, Callable], weights: dict[str, float], clips: Tensor,
+                 prompts: list[str]):
+        self.functions, self.weights = functions, weights
+        self.scales = {name: (value.mean().item(), value.std().item())
+                       for name, value in self.components(clips, prompts).items()}
+
+    @torch.no_grad()
+    def components(self, clips: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        scores = {}
+        for name, function in self.functions.items():
+            try:
+                value = torch.as_tensor(function(clips, prompts)).detach().float()
+            except UserError:
+                raise
+            except Exception as error:
+                raise UserError(f"--reward {name}: failed ({type(error).__name__}: "
+                                f"{one_line(error)})") from error
+            if value.shape != (len(clips),):
+                raise UserError(f"--reward {name}: returned shape {tuple(value.shape)} for "
+                                f"{len(clips)} clips; expected one number each")
+            scores[name] = value.to(clips.device)
+        return scores
 
     def __call__(self, clips: Tensor, prompts: list[str]) -> dict[str, Tensor]:
         scores = self.components(clips, prompts)
-        z = {
-            name: (scores[name] - mean) / max(std, 1e-6)
-            for name, (mean, std) in self.scales.items()
-        }
-        total = sum(weight * z[name] for name, weight in self.weights.items()) / sum(
-            self.weights.values()
-        )
-        return {"reward": total} | scores
+        z = {name: (scores[name] - mean) / max(std, 1e-6)
+             for name, (mean, std) in self.scales.items()}
+        total = sum(weight * z[name] for name, weight in self.weights.items())
+        return {"reward": total / sum(self.weights.values())} | scores
 
     def reweighted(self, weights: dict[str, float]) -> "WeightedReward":
-        """The same components on the same scales, otherwise weighted."""
+        """The same functions on the same scales, otherwise weighted."""
         other = copy.copy(self)
         other.weights = weights
         return other
 
+    def hashes(self) -> dict[str, str]:
+        """Of the model behind each function that weighs, "" if it has none."""
+        models = {name: getattr(fn, "__self__", fn) for name, fn in self.functions.items()}
+        return {name: fingerprint(models[name].model) if hasattr(models[name], "model") else ""
+                for name in self.weights}
 
-def parse_weights(text: str, name: str = "reward_weights") -> dict[str, float]:
-    """'ta=1,vq=1', the setting `name` -> {"ta": 1.0, "vq": 1.0}; other components weigh 0."""
+
+def read_prompts(file: str) -> list[str]:
+    """Training prompts, one a line; empty lines are skipped. Raises UserError."""
     try:
-        weights = {
-            component.strip(): float(value)
-            for component, value in (part.split("=") for part in text.split(","))
-        }
-    except ValueError:
-        weights = {}
-    if (
-        not set(weights) <= set(COMPONENTS)
-        or not all(0 <= w < math.inf for w in weights.values())
-        or not any(weights.values())
-    ):
-        raise UserError(
-            f"--{name.replace('_', '-')} {text}: expected "
-            f"{','.join(c + '=1' for c in COMPONENTS)}, each >= 0 and one above 0"
-        )
-    return weights
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--prompts-file {file}: cannot be read ({one_line(error)})") from error
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not prompts:
+        raise UserError(f"--prompts-file {file}: has no prompts")
+    attributes(prompts)
+    held_out = [prompt for prompt in prompts if prompt in HELD_OUT_PROMPTS]
+    if held_out:
+        raise UserError(f"--prompts-file {file}: {held_out[0]!r} is held out, for the judging; "
+                        "remove it")
+    return prompts
 
 
 def parse_sweep(text: str) -> list[float]:
@@ -647,3 +824,58 @@ def parse_sweep(text: str) -> list[float]:
     if not strengths or not all(0 < s <= 10 for s in strengths):
         raise UserError(f"--sweep {text}: expected strengths in (0, 10], as 0.4,0.6,0.8,1")
     return strengths
+
+
+# ------------------------------------------------------------------ evaluation
+
+JUDGED = ("judge", "text", "visual", "motion_quality", "all_right", "area", "displacement",
+          "spread")
+
+
+def evaluate(clips: Tensor, prompts: list[str], reward: Callable) -> dict[str, Tensor]:
+    """Rewards, judge and detectors of collapse, each [prompts]: means over the clips of a prompt,
+    which must be adjacent.
+
+    judge: mean of text, visual and motion_quality, in [0, 1]. spread: standard deviation of the
+    mean positions of a prompt's clips, px; 0 if they are all the same.
+    """
+    scores = reward(clips, prompts) | judge(clips, prompts)
+    per_prompt = len(prompts) // len(set(prompts))
+    scores = {name: value.float().cpu().view(-1, per_prompt) for name, value in scores.items()}
+    variance = scores.pop("x").var(1, correction=0) + scores.pop("y").var(1, correction=0)
+    scores = {name: value.mean(1) for name, value in scores.items()}
+    total = (scores["text"] + scores["visual"] + scores["motion_quality"]) / 3
+    return scores | {"judge": total, "spread": variance.sqrt()}
+
+
+def write_report(folder: Path, columns: list[str], chosen: str, clips: dict[str, Tensor],
+                 results: dict[str, dict[str, Tensor]], duration: str) -> None:
+    """Write judged.csv, report.md (also printed) and models.gif.
+
+    clips and results (what evaluate returns) of the base and the trained models, by name; clips
+    are those of HELD_OUT_PROMPTS, the same number of each."""
+    rows, base = [["model", *columns, "Δ reward", "Δ judge"]], results["base"]
+    for name, scores in results.items():
+        means = {column: scores[column].mean().item() for column in columns}
+        append_row(folder / "judged.csv", {"model": name} | means)
+        change = [scores[c] - base[c] for c in ("reward", "judge")]
+        rows.append([name + " *" * (name == chosen), *(f"{mean:.3f}" for mean in means.values()),
+                     *(f"{d.mean():+.3f} ± {d.std() / len(d) ** 0.5:.3f}" for d in change)])
+    shown = [name for name in results if name == chosen or not name.startswith("s = ")]
+    samples = len(clips["base"]) // len(HELD_OUT_PROMPTS)
+    prompts = zip(HELD_OUT_PROMPTS[::6], HELD_OUT_PROMPTS[3::6])
+    parts = [f"{samples} clips of each of {len(HELD_OUT_PROMPTS)} held-out prompts, the same noise "
+             "for all models; Δ: change from the base ± standard error over prompts; area in px², "
+             "displacement and spread in px.", markdown(rows)]
+    if chosen:
+        parts.append("\\* " + ("no s improves both reward and judge over the base: s = 0"
+                               if chosen == "semi" else
+                               "the largest s that improves both reward and judge over the base"))
+    parts += ["NAME-curve.csv: the same columns along training, on fewer clips with other noise.",
+              f"models.gif: {', '.join(shown)}; prompts by row:",
+              "\n".join(f"- {left}; {right}" for left, right in prompts), duration]
+    report = "\n\n".join(parts) + "\n"
+    (folder / "report.md").write_text(report, encoding="utf-8")
+    print(f"\n{report}Run folder: {folder}")
+    save_gif({name: clips[name][:: 3 * samples].unflatten(0, (4, 2)) for name in shown},
+             folder / "models.gif")

@@ -1,5 +1,6 @@
 """pytest: tests by equivalence; no network, no GPU (tests that need one skip themselves)."""
 
+import copy
 import csv
 import io
 import json
@@ -22,12 +23,12 @@ import arcopo
 import reward
 from arcopo import (
     Adapter,
+    Fork,
     Generator,
     Settings,
     choose_strength,
     clipped_objective,
     collect_buffer,
-    contrastive_log_policies,
     denoise,
     draw_from,
     draw_noise,
@@ -48,7 +49,6 @@ from arcopo import (
     update,
 )
 from reward import (
-    ASSETS,
     CHUNKS,
     HELD_OUT_PROMPTS,
     QUALITIES,
@@ -183,14 +183,13 @@ def test_clip_reward_prefers_the_right_prompt_the_sharp_and_the_steady(clip):
         reward.prompt_of((c + 1) % 6, (s + 1) % 4, m)
         for c, s, m in reward.attributes(TRAIN_PROMPTS).tolist()
     ]
-    best = clip(sharp, TRAIN_PROMPTS)
-    assert (best["ta"] > clip(sharp, wrong)["ta"]).float().mean() > 0.99
+    ta, vq, mq = clip.text_alignment, clip.visual_quality, clip.motion_quality
+    often = lambda better: better.float().mean()
+    assert often(ta(sharp, TRAIN_PROMPTS) > ta(sharp, wrong)) > 0.99
     for quality in list(QUALITIES)[1:]:
-        assert (
-            best["vq"] > clip(make_clips(TRAIN_PROMPTS, seeded(0), quality), TRAIN_PROMPTS)["vq"]
-        ).float().mean() > 0.95
-    flickering = clip(make_clips(TRAIN_PROMPTS, seeded(0), "flickering"), TRAIN_PROMPTS)
-    assert (best["mq"] > flickering["mq"]).float().mean() > 0.95
+        worse = make_clips(TRAIN_PROMPTS, seeded(0), quality)
+        assert often(vq(sharp, TRAIN_PROMPTS) > vq(worse, TRAIN_PROMPTS)) > 0.95
+    assert often(mq(sharp, TRAIN_PROMPTS) > mq(worse, TRAIN_PROMPTS)) > 0.95  # flickering
 
 
 def test_clip_reward_is_open_clips_own_model(clip):
@@ -221,26 +220,26 @@ def test_clip_reward_loads_any_architecture_with_local_weights(tmp_path):
     open_clip.add_model_config(tmp_path / "tiny-vit.json")
     model = open_clip.create_model("tiny-vit")
     save_file(model.state_dict(), tmp_path / "w.safetensors")
-    scores = ClipReward(f"tiny-vit:{tmp_path / 'w.safetensors'}")(
-        make_clips(PROMPTS, seeded(0)), PROMPTS
-    )
-    assert set(scores) == {"ta", "vq", "mq"} and all(
-        v.shape == (3,) and v.isfinite().all() for v in scores.values()
-    )
+    scorer = ClipReward(f"tiny-vit:{tmp_path / 'w.safetensors'}")
+    clips = make_clips(PROMPTS, seeded(0))
+    for score in (scorer.text_alignment, scorer.visual_quality, scorer.motion_quality):
+        assert score(clips, PROMPTS).shape == (3,) and score(clips, PROMPTS).isfinite().all()
 
 
 def test_weighted_reward_puts_the_components_on_one_scale():
-    parts = lambda clips, prompts: {
-        "ta": clips[:, 0],
-        "vq": 1000 * clips[:, 1],
-        "mq": clips[:, 2] / 1000,
+    parts = {
+        "ta": lambda clips, prompts: clips[:, 0],
+        "vq": lambda clips, prompts: 1000 * clips[:, 1],
+        "mq": lambda clips, prompts: clips[:, 2] / 1000,
     }
     clips = torch.randn(500, 3, generator=seeded(0))
-    weighted = reward.WeightedReward(parts, {"ta": 2.0, "vq": 1.0}, clips, [""] * 500)
+    weighted = WeightedReward(parts, {"ta": 2.0, "vq": 1.0}, clips, [""] * 500)
     z = (clips - clips.mean(0)) / clips.std(0)
-    assert torch.allclose(
-        weighted(clips, [""] * 500)["reward"], (2 * z[:, 0] + z[:, 1]) / 3, atol=1e-4
-    )
+    found = weighted(clips, [""] * 500)
+    assert torch.allclose(found["reward"], (2 * z[:, 0] + z[:, 1]) / 3, atol=1e-4)
+    assert list(found) == ["reward", *parts] and torch.equal(found["mq"], clips[:, 2] / 1000)
+    text = weighted.reweighted({"ta": 1.0})(clips, [""] * 500)["reward"]
+    assert torch.allclose(text, z[:, 0], atol=1e-5)
 
 
 # ------------------------------------------------------------------ model, sampler, fork
@@ -322,9 +321,8 @@ def test_fork(pivot, flow, bf16):
         chunks[:, :, pivot],
     )
     again, same = forked(model, pivot)
-    assert torch.equal(same, clips) and all(
-        torch.equal(x, y) for x, y in zip(again[1:], branches[1:])
-    )  # same seed, same rollout
+    assert torch.equal(same, clips)  # same seed, same rollout
+    assert all(torch.equal(getattr(again, n), getattr(branches, n)) for n in ("states", "prefix"))
     assert not torch.equal(forked(model, pivot, seed=5)[1], clips)
 
 
@@ -410,11 +408,11 @@ def test_the_shipped_base_is_good_imperfect_and_every_pivot_matters(clip):
     scores = judge(clips, HELD_OUT_PROMPTS)
     assert scores["all_right"].mean() > 0.85 and scores["motion_quality"].mean() > 0.45
     assert 0.65 < scores["visual"].mean() < 0.8
-    scorer = reward.WeightedReward(clip, {"ta": 1.0, "vq": 1.0, "mq": 1.0}, clips, HELD_OUT_PROMPTS)
+    parts = {"ta": clip.text_alignment, "vq": clip.visual_quality, "mq": clip.motion_quality}
+    scorer = WeightedReward(parts, dict.fromkeys(parts, 1.0), clips, HELD_OUT_PROMPTS)
     for pivot in range(CHUNKS):
-        rewards = scorer(
-            forked(model, pivot, group=6)[1].flatten(0, 1), [p for p in PROMPTS for _ in range(6)]
-        )["reward"].view(-1, 6)
+        forks = forked(model, pivot, group=6)[1].flatten(0, 1)
+        rewards = scorer(forks, [p for p in PROMPTS for _ in range(6)])["reward"].view(-1, 6)
         assert (
             rewards.std(1, correction=0).mean() > 0.03
         )  # a world whose first chunk decides all gives less than 0.02
@@ -429,11 +427,11 @@ def test_the_two_trainings_start_from_different_adapters_and_methods_of_a_kind_s
         monkeypatch.setattr(
             Adapter,
             "new",
-            lambda *a: started.setdefault(name, new(*a)),  # noqa: B023
+            lambda *a, **k: started.setdefault(name, new(*a, **k)),  # noqa: B023
         )
         method = replace(tiny_method(name), steps=0)
         curve = lambda: {"reward": torch.zeros(1)}
-        arcopo.align(name, model, method, None, curve, 1, 0, tmp_path)
+        arcopo.align(name, model, method, None, curve, 1, 1, 0, tmp_path, {})
     first = {name: adapter.parameters()[0] for name, adapter in started.items()}
     assert not torch.equal(first["on-policy"], first["semi"])
     assert torch.equal(first["on-policy"], first["sde-grpo"])
@@ -525,14 +523,14 @@ def objective(anchor, candidates, advantages, tau, old, clip):
 
 @pytest.mark.parametrize("own", [True, False])
 def test_gradient_at_theta_old_is_the_closed_form(own):
-    """∂J/∂x^(θ) = 2/(Gτ) Σ A⁽ⁱ⁾ x⁽ⁱ⁾, for any anchor, with or without the clip."""
-    G, tau, g = 12, 7.0, seeded(0)
+    """∂J/∂x^(θ) = 2/(GτD) Σ A⁽ⁱ⁾ x⁽ⁱ⁾, for any anchor, with or without the clip."""
+    G, tau, g = 12, 0.1, seeded(0)
     candidates = torch.randn(G, 60, generator=g, dtype=torch.double)
     anchor = candidates[2].clone() if own else torch.randn(60, generator=g, dtype=torch.double)
     anchor.requires_grad_()
     A = group_advantages(torch.randn(G, generator=g, dtype=torch.double))
     old = surrogate_log_policy(candidates, anchor, tau).detach()
-    expected = 2 / (G * tau) * torch.einsum("g,gd->d", A, candidates)
+    expected = 2 / (G * tau * 60) * torch.einsum("g,gd->d", A, candidates)
     for clip in (1e-4, math.inf):
         (gradient,) = torch.autograd.grad(objective(anchor, candidates, A, tau, old, clip), anchor)
         assert torch.allclose(gradient, expected, rtol=1e-10, atol=1e-12)
@@ -540,23 +538,18 @@ def test_gradient_at_theta_old_is_the_closed_form(own):
 
 @pytest.mark.parametrize("clip", [math.inf, 0.05, 10.0])
 def test_gradient_elsewhere_agrees_with_finite_differences(clip):
-    G, tau, g = 6, 3.0, seeded(0)
-    candidates, A = (
-        torch.randn(G, 4, generator=g, dtype=torch.double),
-        group_advantages(torch.randn(G, generator=g, dtype=torch.double)),
-    )
+    G, tau, g = 6, 0.75, seeded(0)
+    candidates = torch.randn(G, 4, generator=g, dtype=torch.double)
+    A = group_advantages(torch.randn(G, generator=g, dtype=torch.double))
     anchor = torch.randn(4, generator=g, dtype=torch.double, requires_grad=True)
-    old = surrogate_log_policy(
-        candidates, anchor + 0.2 * torch.randn(4, generator=g, dtype=torch.double), tau
-    ).detach()
+    away = anchor + 0.2 * torch.randn(4, generator=g, dtype=torch.double)
+    old = surrogate_log_policy(candidates, away, tau).detach()
     assert torch.autograd.gradcheck(lambda x: objective(x, candidates, A, tau, old, clip), anchor)
 
 
 def test_clip_stops_the_gradient_only_where_it_was_already_won():
     log_ratio = torch.tensor([0.2, -0.2, 0.2, -0.2], requires_grad=True)
-    advantages = torch.tensor(
-        [1.0, -1.0, -1.0, 1.0]
-    )  # outside and favourable twice, outside and unfavourable twice
+    advantages = torch.tensor([1.0, -1.0, -1.0, 1.0])  # two favourable, two unfavourable
     clipped_objective(log_ratio, advantages, 0.1).backward()
     assert torch.equal(log_ratio.grad == 0, torch.tensor([True, True, False, False]))
     log_ratio.grad = None
@@ -578,23 +571,33 @@ def test_a_small_step_moves_the_anchor_toward_the_advantage_weighted_sum():
     g = seeded(0)
     candidates, A = torch.randn(12, 50, generator=g), group_advantages(torch.randn(12, generator=g))
     anchor = candidates[0].clone().requires_grad_()
-    old = surrogate_log_policy(candidates, anchor, 100.0).detach()
-    objective(anchor, candidates, A, 100.0, old, 1e-4).backward()
+    old = surrogate_log_policy(candidates, anchor, 2.0).detach()
+    objective(anchor, candidates, A, 2.0, old, 1e-4).backward()
     step, weighted = 0.01 * anchor.grad, A @ candidates
     assert torch.cosine_similarity(step, weighted, dim=0) > 0.9999
-    moved = surrogate_log_policy(candidates, (anchor + step).detach(), 100.0) - old
+    moved = surrogate_log_policy(candidates, (anchor + step).detach(), 2.0) - old
     assert (moved * A).sum() > 0  # probability goes to where the advantage is
 
 
 def test_log_policies_are_the_plain_function_for_each_step_prompt_and_anchor():
-    branches = forked(tiny(), 1)[0]
-    x0 = torch.randn(3, 4, 2, *tiny().chunk_shape, generator=seeded(0))
-    batched = contrastive_log_policies(branches, x0, 0.5)
-    assert batched.shape == (3, 4, 2, 4)
-    for p, t, b in ((0, 0, 0), (2, 3, 1), (2, 1, 0)):
-        candidates, anchor = branches.candidates[p, t].flatten(1), x0[p, t, b].flatten()
-        plain = surrogate_log_policy(candidates, anchor, 0.5 * anchor.numel())
-        assert torch.allclose(batched[p, t, b], plain, atol=1e-5)
+    model, method = tiny(), tiny_method("on-policy", tau=0.5)
+    branches = forked(model, 1)[0]
+    with nonzero(Adapter.new(model, 4, 4.0, seeded(0))).on(model):
+        pairs = method.replayed(4, seeded(1))
+        batched = method.log_policies(model, branches, *pairs.T)
+        assert batched.shape == (3, 8, 4) and len(set(map(tuple, pairs.tolist()))) == 8
+        for k, (t, b) in enumerate(pairs.tolist()):
+            x0 = model.predict(branches.states[:, t, b], model.timesteps[t], branches.context)
+            for p in range(3):
+                d = (branches.candidates[p, t] - x0[p]).flatten(1).square().mean(1)
+                assert torch.allclose(batched[p, k], (-d / 0.5).log_softmax(0), atol=1e-4)
+
+
+def test_tau_does_not_depend_on_the_size_of_a_chunk():
+    candidates, anchor = torch.randn(6, 8, generator=seeded(0)), torch.randn(8, generator=seeded(1))
+    small = surrogate_log_policy(candidates, anchor, 0.03)
+    large = surrogate_log_policy(candidates.repeat(1, 50), anchor.repeat(50), 0.03)
+    assert torch.allclose(small, large, rtol=1e-5)
 
 
 def test_gaussian_log_density_is_that_of_torch_distributions():
@@ -611,8 +614,9 @@ def test_sde_log_policies_are_those_of_each_re_noising():
     """Under the rollout's policy: the log-density of each re-noised state, for T - 1 steps."""
     model = tiny()
     branches = forked(model, 1, method="sde-grpo")[0]
-    log_policies = tiny_method("sde-grpo").log_policies(model, branches, torch.tensor([0]))
-    assert log_policies.shape == (3, 3, 1, 4)
+    method = tiny_method("sde-grpo")
+    log_policies = method.log_policies(model, branches, *method.replayed(4, seeded(0)).T)
+    assert log_policies.shape == (3, 3, 4)
     for i, s in enumerate(model.timesteps[1:]):
         mean = (1 - s) * branches.candidates[:, i]
         expected = (
@@ -620,7 +624,7 @@ def test_sde_log_policies_are_those_of_each_re_noising():
             .log_prob(branches.states[:, i + 1])
             .mean((2, 3, 4, 5))
         )
-        assert torch.allclose(log_policies[:, i, 0], expected, atol=1e-4)
+        assert torch.allclose(log_policies[:, i], expected, atol=1e-4)
 
 
 def test_the_flow_anchor_is_an_euler_step_of_the_current_policy():
@@ -628,12 +632,12 @@ def test_the_flow_anchor_is_an_euler_step_of_the_current_policy():
     model = tiny(flow=True)
     branches = forked(model, 1)[0]
     with nonzero(Adapter.new(model, 4, 4.0, seeded(0))).on(model):
-        replayed = replay(model, branches, torch.tensor([2]))
+        replayed = replay(model, branches, torch.arange(4), torch.full((4,), 2))
         for i, (t, s) in enumerate(zip(model.timesteps, (*model.timesteps[1:], 0.0))):
             x_t = branches.states[:, i, 2]
             v = (x_t - model.predict(x_t, t, branches.context)) / t
-            assert torch.allclose(replayed[:, i, 0], x_t - (t - s) * v, atol=1e-5)
-            assert not torch.allclose(replayed[:, i, 0], branches.candidates[:, i, 2], atol=1e-3)
+            assert torch.allclose(replayed[:, i], x_t - (t - s) * v, atol=1e-5)
+            assert not torch.allclose(replayed[:, i], branches.candidates[:, i, 2], atol=1e-3)
 
 
 # ------------------------------------------------------------------ adapter, update and methods
@@ -653,11 +657,12 @@ def trainer(
     **changes,
 ):
     """step -> the row of iterate."""
-    method, optimizer = tiny_method(method, **changes), torch.optim.AdamW(adapter.parameters(), lr)
+    method = tiny_method(method, **changes)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr, weight_decay=0)
 
     def groups(generator):
         if method.buffered:
-            return draw_from(buffer, method.prompts, generator)
+            return draw_from(buffer, model, method.prompts, generator)
         return explore(model, method, TRAIN_PROMPTS, reward, method.prompts, generator)
 
     return lambda step: iterate(model, adapter, optimizer, method, groups, seeded(0, step))
@@ -672,13 +677,12 @@ def tiny_buffer(model: Generator, size: int = 6) -> arcopo.Buffer:
 def test_replay_is_the_rollout_and_the_first_ratio_is_exactly_one(flow, bf16, anchors):
     model = tiny(bf16=bf16, flow=flow)
     adapter = nonzero(Adapter.new(model, 4, 4.0, seeded(0)))
-    chosen, rewards = torch.arange(anchors), torch.randn(3, 4, generator=seeded(0))
+    rewards = torch.randn(3, 4, generator=seeded(0))
     with adapter.on(model):
         branches = forked(model, 1)[0]
-        for steps in (4, 3):  # SDE-GRPO has no policy at the last
-            replayed = replay(model, branches._replace(states=branches.states[:, :steps]), chosen)
-            stored = branches.candidates[:, :steps, chosen]
-            assert torch.allclose(replayed, stored, atol=0.05 if bf16 else 1e-5)
+        pairs = torch.cartesian_prod(torch.arange(4), torch.arange(anchors)).T
+        replayed, stored = replay(model, branches, *pairs), branches.candidates[:, *pairs]
+        assert torch.allclose(replayed, stored, atol=0.05 if bf16 else 1e-5)
     optimizer = torch.optim.AdamW(adapter.parameters(), 1e-3)
     method = tiny_method("on-policy", anchors=anchors)
     row = update(model, adapter, branches, rewards, method, optimizer, 2, seeded(1))
@@ -707,61 +711,67 @@ def test_every_method_changes_only_the_adapter(method):
 def test_the_buffer_comes_from_the_reference():
     """An entry is the fork of the base itself, with the reward of its clips."""
     model, method = tiny(), tiny_method("semi")
-    generator = seeded(0, "buffer", 0)
-    pivot, branches, scores = explore(model, method, TRAIN_PROMPTS, brightness, 2, generator)
-    groups = tiny_buffer(model, size=2)[pivot]
-    assert torch.equal(groups["kv"], branches.context.kv) and torch.equal(
-        groups["reward"], scores["reward"]
+    branches, scores = explore(
+        model, method, TRAIN_PROMPTS, brightness, 2, seeded(0, "buffer", 0)
     )
-    for name in ("states", "candidates"):
-        assert torch.allclose(
-            groups[name].float(), getattr(branches, name), rtol=2e-3, atol=1e-5
-        )  # half precision
-    assert torch.equal(groups["states"][:, 0].half(), branches.states[:, 0].half())
+    for n, group in enumerate(tiny_buffer(model, size=2)):
+        assert torch.equal(group["reward"], scores["reward"][n])
+        assert group["prompt"] == branches.prompts[n]
+        for name in ("prefix", "states", "candidates"):
+            assert torch.equal(group[name], getattr(branches, name)[n].half())
+
+
+def test_the_context_of_a_drawn_group_is_that_of_the_rollout_but_for_rounding():
+    model = tiny()
+    for i in range(4):
+        branches, scores = draw_from(tiny_buffer(model), model, 3, seeded(i))
+        context = model.begin(branches.prompts)
+        for x0 in branches.prefix.unbind(1):
+            context = model.extend(context, x0)
+        assert torch.equal(context.kv, branches.context.kv)
+    found, _ = explore(model, tiny_method("semi"), TRAIN_PROMPTS, brightness, 2, seeded(2))
+    half = found._replace(prefix=found.prefix.half())
+    group = {name: getattr(half, name)[:1] for name in ("prefix", "states", "candidates")}
+    one = {name: x[0] for name, x in group.items()} | {"prompt": found.prompts[0]}
+    drawn, _ = draw_from([one | {"reward": torch.zeros(4)}], model, 1, seeded(0))
+    assert found.prefix.shape[1] > 0
+    assert torch.allclose(drawn.context.kv, found.context.kv[:1], rtol=0.01, atol=0.01)
+    assert not torch.equal(drawn.context.kv, found.context.kv[:1])
 
 
 def test_the_buffer_never_changes(tmp_path):
     model, about = tiny(), {"base": "x", "group": 4}
     buffer = tiny_buffer(model)
-    before = {
-        pivot: {name: x.clone() for name, x in groups.items()} for pivot, groups in buffer.items()
-    }
-    versions = [x._version for groups in buffer.values() for x in groups.values()]
+    tensors = lambda b: [x for group in b for x in group.values() if isinstance(x, torch.Tensor)]
+    before, versions = copy.deepcopy(buffer), [x._version for x in tensors(buffer)]
     save_buffer(buffer, tmp_path / "buffer.safetensors", about)
     step = trainer(model, Adapter.new(model, 4, 4.0, seeded(0)), method="off-policy", buffer=buffer)
     for i in range(8):
         step(i)
-    assert versions == [
-        x._version for groups in buffer.values() for x in groups.values()
-    ]  # torch counts every write in place
-    for other in (buffer, load_buffer(tmp_path / "buffer.safetensors", about, model)):
-        assert other.keys() == before.keys()
-        assert all(
-            torch.equal(x, before[pivot][name])
-            for pivot, groups in other.items()
-            for name, x in groups.items()
-        )
+    assert versions == [x._version for x in tensors(buffer)]  # torch counts writes in place
+    for other in (buffer, load_buffer(tmp_path / "buffer.safetensors", model, about)):
+        assert [group["prompt"] for group in other] == [group["prompt"] for group in before]
+        assert all(torch.equal(x, y) for x, y in zip(tensors(other), tensors(before), strict=True))
     with pytest.raises(UserError, match="made with base x, not y"):
-        load_buffer(tmp_path / "buffer.safetensors", about | {"base": "y"}, model)
+        load_buffer(tmp_path / "buffer.safetensors", model, about | {"base": "y"})
 
 
 def test_draws_return_unchanged_entries_of_one_pivot():
     model, seen = tiny(), set()
     buffer = tiny_buffer(model, 12)
-    assert sum(len(groups["reward"]) for groups in buffer.values()) == 12
-    for i in range(40):
-        pivot, branches, scores = draw_from(buffer, 3, seeded(i))
-        assert (
-            1 <= len(branches.states) <= 3 and branches.context.kv.shape[4] == pivot * model.tokens
-        )
+    assert len(buffer) == 12
+    for i in range(60):
+        branches, scores = draw_from(buffer, model, 3, seeded(i))
+        pivot = branches.prefix.shape[1]
+        assert 1 <= len(branches.states) <= 3
+        assert branches.context.kv.shape[4] == pivot * model.tokens
         for n in range(len(branches.states)):
-            row = [torch.equal(r, scores["reward"][n]) for r in buffer[pivot]["reward"]].index(True)
-            seen.add((pivot, row))
-            assert all(
-                torch.equal(getattr(branches, name)[n], buffer[pivot][name][row].float())
-                for name in ("states", "candidates")
-            )
-            assert torch.equal(branches.context.kv[n], buffer[pivot]["kv"][row])
+            same = [torch.equal(group["reward"], scores["reward"][n]) for group in buffer]
+            row = same.index(True)
+            seen.add(row)
+            assert branches.prompts[n] == buffer[row]["prompt"]
+            for name in ("prefix", "states", "candidates"):
+                assert torch.equal(getattr(branches, name)[n], buffer[row][name].float())
     assert len(seen) == 12  # every entry is drawn sooner or later
 
 
@@ -836,8 +846,9 @@ def test_merging_two_adapters_equals_applying_both(tmp_path):
     )
     with a.on(model), b.on(model, 0.6):
         both = sample(model, PROMPTS, noise)
-    merge_adapters((a, 1.0), (b, 0.6)).save(tmp_path / "merged.safetensors", model)
-    with Adapter.load(tmp_path / "merged.safetensors", model).on(model):
+    about = {"base": "", "timesteps": list(model.timesteps)}
+    merge_adapters((a, 1.0), (b, 0.6)).save(tmp_path / "merged", about)
+    with Adapter.load(tmp_path / "merged", model).on(model):
         assert torch.allclose(sample(model, PROMPTS, noise), both, atol=1e-5)
     with a.on(model):
         alone = sample(model, PROMPTS, noise)
@@ -856,18 +867,72 @@ def test_an_adapter_is_a_change_of_the_weights():
     assert torch.allclose(sample(model, PROMPTS, noise), beside, atol=1e-4)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_non_finite_reward_skips_the_update(bad):
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_rewards_that_are_not_finite_are_left_out(bad):
+    """A branch without a finite reward has no advantage, and its group's others keep theirs."""
+    rewards = torch.randn(3, 6, generator=seeded(0))
+    expected = group_advantages(rewards[:, 1:])
+    broken = rewards.clone()
+    broken[0, 0], broken[1] = bad, bad
+    given = broken.clone()
+    found = group_advantages(broken)
+    assert torch.allclose(found[0, 1:], expected[0], atol=1e-6) and found[0, 0] == 0
+    assert (found[1] == 0).all() and torch.equal(found[2], group_advantages(rewards[2]))
+    assert torch.equal(broken.isfinite(), given.isfinite())  # nothing was written to
+
+
+def test_a_group_without_rewards_changes_nothing_for_the_others():
+    """One prompt of NaN: the update is that of the other prompt alone, at half the weight."""
+    model, results = tiny(), []
+    for scores in (brightness, None):
+        adapter = nonzero(Adapter.new(model, 4, 4.0, seeded(0)))
+        optimizer = torch.optim.SGD(adapter.parameters(), 1.0)
+        with adapter.on(model):
+            branches, clips = forked(model, 1)
+        rewards = clips.mean((2, 3, 4, 5))
+        if scores is None:
+            branches = Fork(
+                branches.prompts[:2],
+                *(x[:2] for x in (branches.prefix,)),
+                arcopo.Context(*(x[:2] for x in branches.context)),
+                branches.states[:2],
+                branches.candidates[:2],
+            )
+            rewards = rewards[:2]
+        else:
+            rewards = torch.cat([rewards[:2], torch.full((1, 4), math.nan)])
+        method = tiny_method("on-policy", clip_range=math.inf)
+        row = update(model, adapter, branches, rewards, method, optimizer, 1, seeded(1))
+        assert row["skipped"] == 0
+        results.append([p.grad.clone() for p in adapter.parameters()])
+    assert all(torch.allclose(3 * a, 2 * b, atol=1e-6) for a, b in zip(*results))
+
+
+def test_a_branch_that_is_not_finite_stays_out_of_the_update():
+    """NaN in the pivot chunk of one branch, as from a numerical overflow."""
+    model = tiny()
+    noise = draw_noise(model, 3, seeded(0))
+    initial, solver = tiny_method("on-policy").branch_noise(noise, 1, seeded(1))
+    initial = initial.clone()
+    initial[1, 2] = math.nan
+    branches, clips = fork(model, PROMPTS, 1, noise, initial, solver)
+    rewards = clips.mean((2, 3, 4, 5))
+    assert rewards.isnan().nonzero().tolist() == [[1, 2]]
+    adapter = nonzero(Adapter.new(model, 4, 4.0, seeded(0)))
+    optimizer = torch.optim.AdamW(adapter.parameters(), 1e-3)
+    method = tiny_method("on-policy", anchors=4)
+    row = update(model, adapter, branches, rewards, method, optimizer, 2, seeded(1))
+    assert row["skipped"] == 0 and row["ratio_first"] == 1 and math.isfinite(row["grad_norm"])
+
+
+def test_a_run_of_rewards_that_are_not_finite_moves_nothing():
     model = tiny()
     adapter = nonzero(Adapter.new(model, 4, 4.0, seeded(0)))
     before = [p.detach().clone() for p in adapter.parameters()]
-    broken = lambda clips, prompts: {
-        "reward": torch.full((len(clips),), bad).index_fill(0, torch.tensor([1]), 0.0)
-    }
+    broken = lambda clips, prompts: {"reward": torch.full((len(clips),), math.nan)}
     row = trainer(model, adapter, reward=broken)(0)
-    assert row["skipped"] == 2 and all(
-        torch.equal(a, b) for a, b in zip(before, adapter.parameters())
-    )
+    assert row["not_finite"] == 8 and row["flat_groups"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, adapter.parameters()))
 
 
 def test_a_non_finite_gradient_skips_the_update():
@@ -952,125 +1017,66 @@ TINY = [
 LEFT = {"settings.json", "judged.csv", "models.gif", "report.md"}
 
 
+def left(folder: Path) -> set[str]:
+    """Files of a run but for the state of its trainings."""
+    return {f.name for f in folder.iterdir() if "checkpoint" not in f.name and f.name != ".lock"}
+
+
+def read(file: Path) -> list[dict]:
+    return list(csv.DictReader(open(file, newline="")))
+
+
 def test_script_runs_the_recipe_and_samples_from_its_adapter(tmp_path, tiny_base):
-    done = script(
-        "--steps",
-        3,
-        "--base",
-        tiny_base,
-        "--out",
-        "run",
-        "--precision",
-        "fp32",
-        *TINY,
-        cwd=tmp_path,
-    )
+    done = script("--steps", 3, "--base", tiny_base, "--out", "run", *TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "run"
-    trained = {
-        f"{name}{end}"
-        for name in ("on-policy", "semi")
-        for end in (".csv", "-curve.csv", ".safetensors")
-    }
-    assert {f.name for f in folder.iterdir()} == LEFT | trained | {
-        "buffer.safetensors",
-        "merged.safetensors",
-    }
-    rows = list(csv.DictReader(open(folder / "on-policy.csv")))
+    ends = ".csv", "-curve.csv", ""
+    trained = {f"{name}{end}" for name in ("on-policy", "semi") for end in ends}
+    assert left(folder) == LEFT | trained | {"buffer.safetensors", "merged"}
+    rows = read(folder / "on-policy.csv")
     assert len(rows) == 3 and all(float(row["ratio_first"]) == 1 for row in rows)
-    assert {
-        "step",
-        "pivot",
-        "reward",
-        "ta",
-        "vq",
-        "mq",
-        "ratio_first",
-        "clip_fraction",
-        "flat_groups",
-        "grad_norm",
-        "seconds",
-    } <= set(rows[0])
-    assert [row["step"] for row in csv.DictReader(open(folder / "semi-curve.csv"))] == [
-        "0",
-        "2",
-        "3",
-    ]
-    judged = list(csv.DictReader(open(folder / "judged.csv")))
-    assert [row["model"] for row in judged] == [
-        "base",
-        "semi",
-        "s = 0.4",
-        "s = 0.6",
-        "s = 0.8",
-        "s = 1",
-        "on-policy",
-    ]
-    pairs = {
-        float(row["model"][4:]): (float(row["reward"]), float(row["judge"]))
-        for row in judged
-        if row["model"].startswith("s =")
-    }
-    s = choose_strength(pairs, (float(judged[0]["reward"]), float(judged[0]["judge"])))
-    assert (
-        "semi *" if s is None else f"s = {s:g} *"
-    ) in done.stdout and "both reward and judge over the base" in done.stdout
-    model = arcopo.load_generator(tiny_base, bf16=False)
+    columns = "step pivot reward ta vq mq ratio_first clip_fraction flat_groups grad_norm seconds"
+    assert set(columns.split()) <= set(rows[0])
+    assert [row["step"] for row in read(folder / "semi-curve.csv")] == ["0", "2", "3"]
+    judged = {row["model"]: row for row in read(folder / "judged.csv")}
+    sweep = ["s = 0.4", "s = 0.6", "s = 0.8", "s = 1"]
+    assert list(judged) == ["base", "semi", *sweep, "on-policy"]
+    both = {name: (float(row["reward"]), float(row["judge"])) for name, row in judged.items()}
+    s = choose_strength({float(name[4:]): both[name] for name in sweep}, both["base"])
+    assert ("semi *" if s is None else f"s = {s:g} *") in done.stdout
+    assert "both reward and judge over the base" in done.stdout
+    model = arcopo.load_generator(tiny_base)
     reference = sample_batches(model, TRAIN_PROMPTS, seeded(0, "calibration"))
-    scorer = ClipReward(str(ASSETS / "clip"), "cpu")
-    text = WeightedReward(scorer, {"ta": 1.0}, reference, TRAIN_PROMPTS)
+    parts = {"ta": ClipReward().text_alignment}
+    text = WeightedReward(parts, {"ta": 1.0}, reference, TRAIN_PROMPTS)
     method = tiny_method("semi", group=3)
     method.sigma, generator = Settings.sigma, seeded(0, "buffer", 0)
-    pivot, _, scores = explore(model, method, TRAIN_PROMPTS, text, 2, generator)
-    assert torch.allclose(
-        load_file(folder / "buffer.safetensors")[f"{pivot}.reward"][:2], scores["reward"], atol=1e-4
-    )  # TA alone
-    on, semi, merged = (
-        Adapter.load(folder / f"{name}.safetensors", model)
-        for name in ("on-policy", "semi", "merged")
-    )
+    _, scores = explore(model, method, TRAIN_PROMPTS, text, 2, generator)
+    stored = load_file(folder / "buffer.safetensors")
+    for i in range(2):  # TA alone
+        assert torch.allclose(stored[f"{i}.reward"], scores["reward"][i], atol=1e-4)
+    names = ("on-policy", "semi", "merged")
+    on, semi, merged = (Adapter.load(folder / name, model) for name in names)
     for name, (A, B) in merge_adapters((semi, 1.0), (on, s or 0.0)).weights.items():
         assert torch.allclose(B @ A, merged.weights[name][1] @ merged.weights[name][0], atol=1e-7)
-    assert json.loads((folder / "settings.json").read_text())["group"] == 3
+    saved = json.loads((folder / "settings.json").read_text())
+    assert saved["settings"]["group"] == 3 and saved["run"]["base"] == model.fingerprint
+    assert {"commit", "code", "torch", "device", "date", "command"} <= set(saved["run"])
+    record = reward.read_weights(folder / "semi" / "adapter_model.safetensors", "")[1]
+    found = {name: record[name] for name in ("method", "step", "steps", "seed", "base")}
+    expected = {"method": "semi", "step": 3, "steps": 3, "seed": 0, "base": model.fingerprint}
+    assert found == expected
     assert iio.imread(folder / "models.gif").shape[0] == 12
     report = (folder / "report.md").read_text(encoding="utf-8")
-    assert report in done.stdout and all(
-        word in report for word in ("| base", "Δ reward", "prompts")
-    )
-    assert (
-        script(
-            "--sample",
-            PROMPTS[0],
-            "--base",
-            tiny_base,
-            "--adapter",
-            folder / "merged.safetensors",
-            "--out",
-            "c.gif",
-            cwd=tmp_path,
-        ).returncode
-        == 0
-    )
+    assert report in done.stdout
+    assert all(word in report for word in ("| base", "Δ reward", "prompts"))
+    sampling = ["--sample", PROMPTS[0], "--base", tiny_base, "--adapter", folder / "merged"]
+    assert script(*sampling, "--out", "c.gif", cwd=tmp_path).returncode == 0
     assert iio.imread(tmp_path / "c.gif").shape[0] == 12
-    again = script(
-        "--method",
-        "semi",
-        "--steps",
-        1,
-        "--base",
-        tiny_base,
-        "--out",
-        "again",
-        "--buffer",
-        folder / "buffer.safetensors",
-        *TINY,
-        cwd=tmp_path,
-    )
+    semi = ["--method", "semi", "--steps", 1, "--base", tiny_base, "--out", "again"]
+    again = script(*semi, "--buffer", folder / "buffer.safetensors", *TINY, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert (
-        not (tmp_path / "again" / "buffer.safetensors").exists()
-        and (tmp_path / "again" / "semi.safetensors").exists()
-    )
+    assert left(tmp_path / "again") == LEFT | {"semi.csv", "semi-curve.csv", "semi"}
 
 
 @pytest.mark.parametrize("method", ["on-policy", "off-policy", "sde-grpo"])
@@ -1080,10 +1086,9 @@ def test_each_method_runs_alone(method, tmp_path, tiny_base, capsys):
         assert sde_grpo.main(arguments) == 0
     else:
         assert arcopo.main(["--method", method, *arguments]) == 0
-    left = {f.name for f in (tmp_path / "run").iterdir()} - {"buffer.safetensors"}
-    assert left == LEFT | {f"{method}.csv", f"{method}-curve.csv", f"{method}.safetensors"}
-    rows = csv.DictReader(open(tmp_path / "run" / "judged.csv"))
-    assert [row["model"] for row in rows] == ["base", method]
+    files = left(tmp_path / "run") - {"buffer.safetensors"}
+    assert files == LEFT | {f"{method}.csv", f"{method}-curve.csv", method}
+    assert [row["model"] for row in read(tmp_path / "run" / "judged.csv")] == ["base", method]
 
 
 def test_a_run_that_is_not_finite_says_so(tmp_path, tiny_base, capsys, monkeypatch):
@@ -1097,7 +1102,7 @@ def test_a_run_that_is_not_finite_says_so(tmp_path, tiny_base, capsys, monkeypat
     )
     arguments = ["--method", "on-policy", "--steps", 1, "--base", tiny_base]
     assert arcopo.main([*arguments, "--out", tmp_path / "run", *TINY]) == 1
-    assert "2 updates were skipped" in capsys.readouterr().err
+    assert "6 rewards left out" in capsys.readouterr().err
 
 
 def test_a_flow_model_trains_by_the_same_command(tmp_path, capsys):
@@ -1112,7 +1117,7 @@ def test_a_flow_model_trains_by_the_same_command(tmp_path, capsys):
         *TINY,
     ]
     assert arcopo.main([str(a) for a in arguments]) == 0
-    assert (tmp_path / "run" / "merged.safetensors").is_file()
+    assert (tmp_path / "run" / "merged" / "adapter_model.safetensors").is_file()
     assert sde_grpo.main([*arguments[:5], tmp_path / "no"]) == 2
     assert "no noise" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
@@ -1146,7 +1151,7 @@ def test_studies_run_as_modules(tmp_path, tiny_base):
 
 
 def test_lines_fit_100_columns():
-    for file in [*HERE.glob("*.py"), *HERE.glob("studies/*.py")]:
+    for file in [f for part in ("", "studies/", "examples/") for f in HERE.glob(f"{part}*.py")]:
         long = [i + 1 for i, line in enumerate(file.read_text().splitlines()) if len(line) > 100]
         assert not long, (file, long)
 
@@ -1212,46 +1217,37 @@ def test_pretraining_resumes_to_the_same_weights(tmp_path, monkeypatch):
 
 
 def broken_files(folder: Path, tiny_base: Path) -> dict[str, Path]:
-    files = {
-        name: folder / f"{name}.safetensors"
-        for name in (
-            "missing",
-            "truncated",
-            "other",
-            "misshapen",
-            "timeless",
-            "infinite",
-            "misfit",
-            "foreign",
-            "timed",
-            "tensorless",
-            "afile",
-        )
-    }
-    files["truncated"].write_bytes(tiny_base.read_bytes()[:5000])
+    names = "truncated flipped other misshapen timeless infinite tensorless afile headless"
+    files = {name: folder / f"{name}.safetensors" for name in ["missing", *names.split()]}
+    whole = tiny_base.read_bytes()
+    files["truncated"].write_bytes(whole[:5000])
+    files["flipped"].write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
     save_file({"x": torch.zeros(2)}, files["other"])
-    tensors = load_file(tiny_base)
-    tensors["head.bias"] = torch.zeros(7)
-    save_file(
-        tensors,
-        files["misshapen"],
-        {"generator": json.dumps({"width": 32, "layers": 2, "heads": 2, "timesteps": [1.0, 0.5]})},
-    )
-    tensors = load_file(tiny_base)
-    save_file(
-        tensors,
-        files["timeless"],
-        {"generator": json.dumps({"width": 32, "layers": 2, "heads": 2, "timesteps": []})},
-    )
-    save_file(tensors | {"head.bias": torch.full((192,), float("nan"))}, files["infinite"])
-    adapter = Adapter.new(tiny(), 4, 4.0)
-    adapter.save(files["foreign"], tiny(seed=1))
-    adapter.save(files["timed"], arcopo.load_generator(tiny_base))
+    tensors, shape = load_file(tiny_base), {"width": 32, "layers": 2, "heads": 2}
+    write = lambda name, more, **about: reward.write_weights(files[name], tensors | more, about)
+    times = {"timesteps": [1.0, 0.5]}
+    write("misshapen", {"head.bias": torch.zeros(7)}, generator=shape | times)
+    write("timeless", {}, generator=shape | {"timesteps": []})
+    write("headless", {}, generator=shape | times | {"heads": "2"})
+    write("infinite", {"head.bias": torch.full((192,), math.nan)}, generator=shape | times)
+    reward.write_weights(files["tensorless"], {"x": torch.zeros(2)}, {"prompts": 3})
+    base = arcopo.load_generator(tiny_base)
+    about = {"base": base.fingerprint, "timesteps": list(base.timesteps)}
+    folders = {name: folder / name for name in ("foreign", "timed", "misfit", "huge", "folder")}
+    Adapter.new(base, 4, 4.0).save(folders["foreign"], about | {"base": "another"})
+    Adapter.new(base, 4, 4.0).save(folders["timed"], about)
+    adapter = Adapter.new(base, 4, 4.0)
     adapter.weights["head"] = (torch.zeros(4, 31), adapter.weights["head"][1])
-    adapter.save(files["misfit"], tiny())
-    save_file({"x": torch.zeros(2)}, files["tensorless"], {"buffer": "[1"})
+    adapter.save(folders["misfit"], about)
+    adapter = Adapter.new(base, 4, 4.0)
+    adapter.weights["head"] = tuple(x.double() + 1e300 for x in adapter.weights["head"])
+    adapter.save(folders["huge"], about)
+    folders["folder"].mkdir()
     files["afile"].write_text("in the way")
-    return files
+    (folder / "held_out.txt").write_text(HELD_OUT_PROMPTS[0])
+    (folder / "pink.txt").write_text("a red circle moving left\na pink circle moving up")
+    (folder / "empty.txt").write_text("\n\n")
+    return files | folders | {"here": folder}
 
 
 BAD = [
@@ -1273,23 +1269,46 @@ BAD = [
     (["--precision", "fp8"], "bf16"),
     (["--device", "tpu9"], "--device"),
     (["--device", "meta"], "--device"),
-    (["--reward-weights", "ta=1,zz=2"], "ta=1"),
-    (["--reward-weights", "ta=-1"], "ta=1"),
+    (["--reward", "ta=1,zz=2"], "ta, vq, mq"),
+    (["--reward", "ta=-1"], "ta, vq, mq"),
+    (["--reward", "ta=0"], "ta, vq, mq"),
+    (["--reward", "ta"], "ta, vq, mq"),
+    (["--reward", "no_such_module:f=1"], "ModuleNotFoundError"),
+    (["--reward", "math:no_such=1"], "AttributeError"),
+    (["--reward", "math:sqrt=1"], "failed (TypeError"),
+    (["--reward", "hps=1"], "huggingface.co/xswu/HPSv2"),
+    (["--reward", "aesthetic=1"], "vit_large_patch14_clip_224.openai"),
+    (["--prompts-file", "{missing}"], "cannot be read"),
+    (["--prompts-file", "{here}/held_out.txt"], "is held out"),
+    (["--prompts-file", "{here}/pink.txt"], "pink"),
+    (["--prompts-file", "{here}/empty.txt"], "no prompts"),
+    (["--targets", "nothing"], "no nn.Linear"),
+    (["--targets", "("], "--targets"),
+    (["--micro", "2"], "at least --prompts"),
+    (["--resume", "{missing}"], "not the folder of a run"),
+    (["--resume", "{folder}", "--lr", "0.1"], "from the run"),
+    (["--lr", "1e39"], "--lr"),
+    (["--seed", "9223372036854775808"], "--seed"),
+    (["--group", "2147483648"], "--group"),
+    (["--judge-samples", "2147483648"], "--judge-samples"),
+    (["--out", "a\0b"], "null byte"),
+    (["--base", "{flipped}"], "checksum"),
+    (["--base", "{headless}"], "not a generator"),
     (["--adapter", "{missing}"], "--sample"),
     (["--base", "{missing}"], "no such file"),
     (["--base", "{truncated}"], "safetensors"),
-    (["--base", "{other}"], "not a generator"),
+    (["--base", "{other}"], "not a file of this project"),
     (["--base", "{misshapen}"], "head.bias"),
     (["--base", "{timeless}"], "timesteps"),
     (["--base", "{infinite}"], "not finite"),
     (["--rank", "99999999"], "--rank"),
     (["--sample", PROMPTS[0], "--adapter", "{missing}"], "no such file"),
-    (["--sample", PROMPTS[0], "--adapter", "{truncated}"], "safetensors"),
-    (["--sample", PROMPTS[0], "--adapter", "{other}"], "not an adapter"),
+    (["--sample", PROMPTS[0], "--adapter", "{folder}"], "no such file"),
+    (["--sample", PROMPTS[0], "--adapter", "{huge}"], "float64"),
     (["--sample", PROMPTS[0], "--adapter", "{misfit}"], "head"),
     (["--sample", PROMPTS[0], "--adapter", "{timed}", "--timesteps", "1,0.4"], "other times"),
     (["--sample", PROMPTS[0], "--adapter", "{foreign}"], "other weights"),
-    (["--buffer-weights", "tb=1"], "--buffer-weights"),
+    (["--buffer-reward", "tb=1"], "--buffer-reward"),
     (["--sample", ""], "--sample"),
     (["--sample", PROMPTS[0], "--method", "semi"], "one of them"),
     (["--method", "grpo"], "on-policy"),
@@ -1301,8 +1320,8 @@ BAD = [
     (["--timesteps", "1,0.5,0.6"], "--timesteps"),
     (["--timesteps", "0.9,0.5"], "--timesteps"),
     (["--buffer", "{missing}"], "no such file"),
-    (["--buffer", "{other}"], "not a buffer"),
-    (["--buffer", "{tensorless}"], "not a buffer"),
+    (["--buffer", "{other}"], "not a file of this project"),
+    (["--buffer", "{tensorless}"], "made with"),
     (["--timesteps", "1,nan"], "--timesteps"),
     (["--buffer", "{missing}", "--method", "on-policy"], "not used"),
     (["--buffer-groups", "0"], "--buffer-groups"),
@@ -1328,7 +1347,7 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     arguments = [a.format(**files) for a in arguments]
-    if "--base" not in arguments:
+    if "--base" not in arguments and "--resume" not in arguments:
         arguments += ["--base", str(tiny_base)]
     assert arcopo.main(arguments) == 2
     out, error = capsys.readouterr()
@@ -1367,18 +1386,23 @@ def test_terminals_without_unicode_do_not_crash_it(monkeypatch):
 
 def test_retraining_the_clip_writes_what_open_clip_loads(tmp_path):
     assert train_clip.main(["--steps", 2, "--out", tmp_path / "clip"]) == 0
-    assert ClipReward(str(tmp_path / "clip"))(make_clips(PROMPTS, seeded(0)), PROMPTS)[
-        "ta"
-    ].shape == (3,)
+    scorer = ClipReward(str(tmp_path / "clip"))
+    assert scorer.text_alignment(make_clips(PROMPTS, seeded(0)), PROMPTS).shape == (3,)
 
 
 def test_weights_never_load_through_pickle(tmp_path, tiny_base):
-    torch.save(load_file(tiny_base), tmp_path / "base.pt")
+    class Runs:
+        def __reduce__(self):
+            return (Path(tmp_path / "ran").touch, ())
+
+    torch.save(Runs(), tmp_path / "base.pt")
     with pytest.raises(UserError, match="safetensors"):
         arcopo.load_generator(tmp_path / "base.pt")
-    with pytest.raises(UserError, match="safetensors"):
+    with pytest.raises(UserError, match="cannot load"):
         ClipReward(f"ViT-B-32:{tmp_path / 'base.pt'}")
-    assert "torch.load" not in (HERE / "arcopo.py").read_text() + (HERE / "reward.py").read_text()
+    assert not (tmp_path / "ran").exists()
+    code = (HERE / "arcopo.py").read_text() + (HERE / "reward.py").read_text()
+    assert code.count("torch.load(") == code.count("weights_only=True)") == 1
 
 
 # ------------------------------------------------------------------ README and help

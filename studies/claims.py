@@ -14,7 +14,7 @@ from pathlib import Path
 from reward import Parser, UserError, append_row, check_folder, command, nonempty
 
 HERE = Path(__file__).resolve().parent
-TA = "--reward-weights ta=1"
+TA = "--reward ta=1"
 SECOND = "runs/second-base"
 RUNS = [  # (claims, run in the CSVs, command; S is the seed)
     ("C1", "entropy", "python -m studies.entropy --seed S"),

@@ -21,7 +21,7 @@ GROUP = 4
 def study(settings) -> int:
     folder = Path(settings.out or time.strftime("runs/entropy-%Y%m%d-%H%M%S"))
     check_folder(folder, new=True)
-    model, _, reward = load(settings)
+    model, reward, _ = load(settings)
     folder.mkdir(parents=True, exist_ok=bool(settings.out))
     prompts = [prompt for prompt in HELD_OUT_PROMPTS for _ in range(GROUP)]
     sources = ["nothing", "initial noise"] + [

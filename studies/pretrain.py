@@ -6,7 +6,6 @@ half behind its own chunks (in place of Self-Forcing's DMD loss). Both end as a 
 the weights. It takes 1.5 hours on one core with bf16 instructions. An interrupted run resumes.
 """
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +71,7 @@ def save_generator(model: Generator, file: Path) -> None:
         "flow": model.flow,
     }
     tensors = {name: t.bfloat16() for name, t in model.state_dict().items()}
-    write_weights(file, tensors, {"generator": json.dumps(shape)})
+    write_weights(file, tensors, {"generator": shape})
 
 
 def contexts(model: Generator, clean: Tensor, prompts: list[str]) -> list:
@@ -144,15 +143,15 @@ def fit(
     parts = {"model": model, "average": average}
     checkpoint, start = folder / f"{stage}.checkpoint.safetensors", 0
     names = ("seed", "batch", "width", "layers", "heads", "precision")
-    described = json.dumps({n: getattr(args, n) for n in names} | {"steps": steps})
+    described = {n: getattr(args, n) for n in names} | {"steps": steps}
     if checkpoint.is_file():
-        tensors, metadata = read_weights(checkpoint, "--out")
-        if metadata.get("settings") != described:
+        tensors, record = read_weights(checkpoint, "--out")
+        if record.get("settings") != described:
             raise UserError(
                 f"--out {folder}: holds a pre-training with other settings "
-                f"({metadata.get('settings')}); name another folder"
+                f"({record.get('settings')}); name another folder"
             )
-        start = int(metadata["step"])
+        start = record["step"]
         for part, module in parts.items():
             own = {n: t for n, t in tensors.items() if n.startswith(f"{part}.")}
             module.load_state_dict({n[len(part) + 1 :]: t for n, t in own.items()})
@@ -183,7 +182,7 @@ def fit(
             for i, optimizer in enumerate(optimizers):
                 for index, state in optimizer.state_dict()["state"].items():
                     tensors |= {f"optimizer{i}.{index}.{name}": t for name, t in state.items()}
-            write_weights(checkpoint, tensors, {"step": str(step + 1), "settings": described})
+            write_weights(checkpoint, tensors, {"step": step + 1, "settings": described})
     model.load_state_dict(average.module.state_dict())
 
 

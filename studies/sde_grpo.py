@@ -68,14 +68,21 @@ class SdeGrpo(Method):
         solver = neighbor_noise(noise.solver[:, pivot], 1.0, self.group, generator)
         return initial.transpose(0, 1), solver.transpose(0, 1)
 
-    def log_policies(self, model: Generator, branches: Fork, anchors: Tensor) -> Tensor:
-        """log N(x_s; (1-s) x̂₀^(θ), s² I) of each branch's own re-noising -> [P, T-1, 1, G]; a mean
-        over elements, as in Flow-GRPO's code. `anchors` is not used: every branch is replayed."""
-        noisy = branches._replace(states=branches.states[:, :-1])
-        replayed = replay(model, noisy, torch.arange(self.group))  # [P, T-1, G, *chunk_shape]
-        s = torch.tensor(model.timesteps[1:], device=replayed.device).view(-1, 1, 1, 1, 1, 1)
-        density = gaussian_log_density(branches.states[:, 1:], (1 - s) * replayed, s)
-        return density.flatten(3).mean(3)[:, :, None]
+    def replayed(self, T: int, generator: torch.Generator) -> Tensor:
+        """The T - 1 steps that add noise; log_policies replays every branch there."""
+        return torch.cartesian_prod(torch.arange(T - 1), torch.tensor([0]))
+
+    def log_policies(
+        self, model: Generator, branches: Fork, steps: Tensor, anchors: Tensor
+    ) -> Tensor:
+        """log N(x_s; (1-s) x̂₀^(θ), s² I) of each branch's own re-noising -> [P, K, G]; a mean over
+        elements, as in Flow-GRPO's code. `anchors` is not used."""
+        G = self.group
+        every = torch.cartesian_prod(steps, torch.arange(G)).T
+        mean = replay(model, branches, *every).unflatten(1, (-1, G)).flatten(3)  # [P, K, G, D]
+        s = torch.tensor(model.timesteps, device=mean.device)[steps + 1].view(-1, 1, 1)
+        reached = branches.states[:, steps + 1].flatten(3)
+        return gaussian_log_density(reached, (1 - s) * mean, s).mean(-1)
 
 
 def sde_grpo(settings: Settings, lr: float = LR, clip_range: float = CLIP_RANGE) -> SdeGrpo:
@@ -83,11 +90,12 @@ def sde_grpo(settings: Settings, lr: float = LR, clip_range: float = CLIP_RANGE)
     return SdeGrpo(**plain | {"lr": lr, "clip_range": clip_range})
 
 
-def noisy(reward: Callable, deviation: float, generator: torch.Generator) -> Callable:
-    """The reward with Gaussian noise on each clip's total."""
+def noisy(reward: Callable, deviation: float, seed: int) -> Callable:
+    """The reward with Gaussian noise on each clip's total, the same for the same clips."""
 
     def call(clips: Tensor, prompts: list[str]) -> dict[str, Tensor]:
         scores = reward(clips, prompts)
+        generator = seeded(seed, "reward noise", scores["reward"].sum().item())
         noise = torch.randn(len(clips), generator=generator).to(scores["reward"])
         return scores | {"reward": scores["reward"] + deviation * noise}
 
@@ -107,10 +115,8 @@ def main(arguments: list | None = None) -> int:
         own = {"sde-grpo": sde_grpo(settings, settings.sde_lr, settings.sde_clip_range)}
         if settings.policy == "contrastive":
             own = {"on-policy": arcopo.methods(settings)["on-policy"]}
-        generator = seeded(settings.seed, "reward noise")
-        return arcopo.run(
-            settings, own, lambda reward: noisy(reward, settings.reward_noise, generator)
-        )
+        wrap = lambda reward: noisy(reward, settings.reward_noise, settings.seed)
+        return arcopo.run(settings, own, wrap)
 
     return command("sde_grpo", call)
 
