@@ -46,13 +46,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from reward import (ASSETS, CHUNK_FRAMES, CHUNKS, COLOURS, HELD_OUT_PROMPTS, JUDGED, MOTIONS,
+from reward import (ASSETS, CHUNKS, CHUNK_FRAMES, COLOURS, HELD_OUT_PROMPTS, JUDGED, MOTIONS,
                     SHAPES, SIZE, TRAIN_PROMPTS, UserError, WeightedReward, attributes,
                     check_folder, check_options, check_tensors, choose_device, command,
-                    deferred_interrupt, device_name, evaluate, load_checkpoint, load_reward, lock,
-                    one_line, option, parse_options, parse_rewards, parse_sweep, read_prompts,
-                    read_weights, resumed_settings, save_checkpoint, save_gif, version,
-                    write_report, write_rows, write_weights, write_whole)
+                    deferred_interrupt, device_name, evaluate, load_checkpoint, load_reward,
+                    one_line, open_run, option, parse_options, parse_rewards, parse_sweep,
+                    read_prompts, read_weights, run_folder, save_checkpoint, save_gif, write_report,
+                    write_rows, write_weights, write_whole)
 
 
 # ------------------------------------------------------------------ settings
@@ -922,64 +922,49 @@ def run(settings: Settings, own: dict[str, Method] | None = None,
 
     wrap: from the reward to the one that on-policy training uses; reports use the former.
     """
-    began, resume = time.perf_counter(), bool(settings.resume)
-    folder = Path(settings.resume or settings.out or time.strftime("runs/%Y%m%d-%H%M%S"))
-    if resume:
-        settings = resumed_settings(folder, type(settings))
-    else:
-        check_folder(folder, new=True)
-    sweep = parse_sweep(settings.sweep)
-    prompts = read_prompts(settings.prompts_file) if settings.prompts_file else TRAIN_PROMPTS
-    if len(prompts) < settings.prompts:
-        raise UserError(f"--prompts-file {settings.prompts_file}: has {len(prompts)} prompts; "
-                        f"--prompts {settings.prompts} needs as many")
+    began, (settings, folder) = time.perf_counter(), open_run(settings)
+    names = [settings.method] if settings.method else ["on-policy", "semi"]
+    trainings = own or {name: methods(settings)[name] for name in names}
+    sweep, prompts = parse_sweep(settings.sweep), TRAIN_PROMPTS
+    if settings.prompts_file:
+        prompts = read_prompts(settings.prompts_file, settings.prompts)
     model, reward, buffer_reward = load(settings)
+    trained_on, file = wrap(reward), Path(settings.buffer or folder / "buffer.safetensors")
     record = {"base": model.fingerprint, "timesteps": list(model.timesteps)}
     about = record | {"group": settings.group, "sigma": settings.sigma, "flow": model.flow,
                       "reward": buffer_reward.weights, "reward models": buffer_reward.hashes()}
-    buffer = load_buffer(settings.buffer, model, about) if settings.buffer else None
+    buffer = load_buffer(file, model, about) if settings.buffer or file.exists() else None
     Adapter.new(model, settings.rank, settings.alpha, targets=settings.targets)     # or UserError
-    folder.mkdir(parents=True, exist_ok=True)
-    held = lock(folder)                             # while this function runs
-    if not resume:
-        about_run = version() | {"torch": torch.__version__, "device": device_name(model.device),
-                                 "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-                                 "command": " ".join(sys.argv), "base": model.fingerprint,
-                                 "reward_scales": reward.scales}
-        saved = {"settings": dataclasses.asdict(settings), "run": about_run}
-        write_whole(folder / "settings.json", json.dumps(saved, indent=1) + "\n")
 
     def judge_model() -> dict[str, Tensor]:
         return held_out(model, reward, min(2, settings.judge_samples), settings.seed, "curve")[1]
-    trained_on = wrap(reward)
-    names = [settings.method] if settings.method else ["on-policy", "semi"]
-    adapters, rows = {}, []
-    for name, method in (own or {name: methods(settings)[name] for name in names}).items():
-        if method.buffered and buffer is None:
-            file = folder / "buffer.safetensors"
-            if not file.exists():
-                save_buffer(collect_buffer(model, method, prompts, buffer_reward,
-                                           settings.buffer_groups, settings.seed), file, about)
-            buffer = load_buffer(file, model, about)
 
-        def groups(generator: torch.Generator, method: Method = method):
-            if method.buffered:
-                return draw_from(buffer, model, method.prompts, generator)
-            return explore(model, method, prompts, trained_on, method.prompts, generator)
-        adapters[name], found = align(name, model, method, groups, judge_model,
-                                      settings.judge_every, settings.save_every, settings.seed,
-                                      folder, record)
-        rows += found
-    trained = time.perf_counter() - began
-    chosen, models, clips, results = compare(model, reward, adapters, sweep, settings.judge_samples,
-                                             settings.seed)
-    if chosen:
-        models[chosen].save(folder / "merged", record | {"method": f"merged, {chosen}"})
-    columns = ["reward", *reward.functions, *JUDGED]
-    write_report(folder, columns, chosen, clips, results,
-                 f"{trained / 60:.1f} minutes to load and train on {model.device} "
-                 f"({settings.precision}), {(time.perf_counter() - began) / 60:.1f} in all.")
-    held.close()
+    with run_folder(folder, settings, record | {"device": device_name(model.device),
+                                                "reward_scales": reward.scales}):
+        adapters, rows = {}, []
+        for name, method in trainings.items():
+            if method.buffered and buffer is None:
+                buffer = collect_buffer(model, method, prompts, buffer_reward,
+                                        settings.buffer_groups, settings.seed)
+                save_buffer(buffer, file, about)
+
+            def groups(generator: torch.Generator, method: Method = method):
+                if method.buffered:
+                    return draw_from(buffer, model, method.prompts, generator)
+                return explore(model, method, prompts, trained_on, method.prompts, generator)
+            adapters[name], new = align(name, model, method, groups, judge_model,
+                                        settings.judge_every, settings.save_every, settings.seed,
+                                        folder, record)
+            rows += new
+        trained = time.perf_counter() - began
+        chosen, models, clips, results = compare(model, reward, adapters, sweep,
+                                                 settings.judge_samples, settings.seed)
+        if chosen:
+            models[chosen].save(folder / "merged", record | {"method": f"merged, {chosen}"})
+        columns = ["reward", *reward.functions, *JUDGED]
+        write_report(folder, columns, chosen, clips, results,
+                     f"{trained / 60:.1f} minutes to load and train on {model.device} "
+                     f"({settings.precision}), {(time.perf_counter() - began) / 60:.1f} in all.")
     skipped, left_out = (sum(row[name] for row in rows) for name in ("skipped", "not_finite"))
     finite = all(scores[c].isfinite().all() for scores in results.values() for c in columns)
     if skipped or left_out or not finite:

@@ -24,10 +24,11 @@ import platform
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import field, fields
+from dataclasses import asdict, field, fields
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -156,20 +157,6 @@ def check_folder(folder: Path, new: bool = False) -> None:
         raise UserError(f"--out {folder}: {there} {problem}; name another folder")
     if new and there == folder and any(folder.iterdir()):
         raise UserError(f"--out {folder}: is not empty; name a new folder")
-
-
-def lock(folder: Path) -> io.IOBase:
-    """Only one process at a time writes to a run folder: until the file that this returns is
-    closed, or the process ends. Raises UserError."""
-    import fcntl
-
-    file = open(folder / ".lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise UserError(f"{folder}: another process writes to it; wait or stop it") from error
-    return file
 
 
 def write_whole(file: Path, data: bytes | str) -> None:
@@ -304,11 +291,16 @@ def load_checkpoint(file: Path, parameters: list[Tensor],
     return None
 
 
-def resumed_settings(folder: Path, cls: type):
-    """The settings of a run. Raises UserError if this code cannot go on with it."""
+def open_run(settings):
+    """-> the settings, those of the run if settings.resume, and the run folder: checked, not made.
+    Raises UserError."""
+    folder = Path(settings.resume or settings.out or time.strftime("runs/%Y%m%d-%H%M%S"))
+    if not settings.resume:
+        check_folder(folder, new=True)
+        return settings, folder
     try:
         saved = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        settings, code = cls(**saved["settings"]), saved["run"]["code"]
+        settings, code = type(settings)(**saved["settings"]), saved["run"]["code"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--resume {folder}: not the folder of a run of this program and version "
                         f"({one_line(error)})") from error
@@ -317,7 +309,32 @@ def resumed_settings(folder: Path, cls: type):
     if code != version()["code"]:
         raise UserError(f"--resume {folder}: arcopo.py or reward.py changed since commit "
                         f"{saved['run']['commit'] or '(none)'}; go back to it or start a new run")
-    return settings
+    return settings, folder
+
+
+@contextmanager
+def run_folder(folder: Path, settings, about: dict):
+    """Write to the folder as the only process; Ctrl-C says how to go on. settings.json has the
+    settings, `about` (with the "base"), code, machine and command. Raises UserError."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "settings.json"
+    with open(folder / ".lock", "w") as lock:       # until it is closed or the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{folder}: another process writes to it; wait or stop it") from error
+        if not file.exists():
+            about = version() | about | {"torch": torch.__version__, "command": " ".join(sys.argv),
+                                         "date": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+            write_whole(file, json.dumps({"settings": asdict(settings), "run": about}, indent=1))
+        elif json.loads(file.read_text(encoding="utf-8"))["run"]["base"] != about["base"]:
+            raise UserError(f"--resume {folder}: --base {settings.base} is another base now")
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(f"; continue with --resume {folder}") from error
 
 
 @contextmanager
@@ -799,15 +816,16 @@ class WeightedReward:
                 for name in self.weights}
 
 
-def read_prompts(file: str) -> list[str]:
-    """Training prompts, one a line; empty lines are skipped. Raises UserError."""
+def read_prompts(file: str, least: int) -> list[str]:
+    """Training prompts, one per line; empty lines are skipped. Raises UserError."""
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"--prompts-file {file}: cannot be read ({one_line(error)})") from error
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not prompts:
-        raise UserError(f"--prompts-file {file}: has no prompts")
+    if len(prompts) < max(1, least):
+        raise UserError(f"--prompts-file {file}: has {len(prompts)} different prompts; --prompts "
+                        f"{least} needs as many")
     attributes(prompts)
     held_out = [prompt for prompt in prompts if prompt in HELD_OUT_PROMPTS]
     if held_out:

@@ -2,16 +2,20 @@
 
 import copy
 import csv
+import fcntl
 import io
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
 import imageio.v3 as iio
 import pytest
@@ -240,6 +244,80 @@ def test_weighted_reward_puts_the_components_on_one_scale():
     assert list(found) == ["reward", *parts] and torch.equal(found["mq"], clips[:, 2] / 1000)
     text = weighted.reweighted({"ta": 1.0})(clips, [""] * 500)["reward"]
     assert torch.allclose(text, z[:, 0], atol=1e-5)
+
+
+@pytest.fixture
+def tiny_clip(tmp_path, monkeypatch):
+    """An open_clip architecture, "tiny-h", and its weights."""
+    import open_clip
+
+    config = json.loads((HERE / "assets" / "clip" / "open_clip_config.json").read_text())
+    (tmp_path / "configs").mkdir()
+    file = tmp_path / "configs" / "tiny-h.json"
+    file.write_text(json.dumps(config["model_cfg"] | {"embed_dim": 768}))
+    open_clip.add_model_config(file)
+    torch.manual_seed(0)
+    monkeypatch.setattr(reward, "MODELS", tmp_path)
+    return open_clip.create_model("tiny-h").eval()
+
+
+def test_hps_is_the_cosine_of_its_checkpoint(tiny_clip, tmp_path):
+    """A checkpoint of the form that the HPSv2 repository has: a pickle with a "state_dict"."""
+    checkpoint = {"epoch": 3, "state_dict": tiny_clip.state_dict()}
+    torch.save(checkpoint, tmp_path / "HPS_v2.1_compressed.pt")
+    clips, score = make_clips(PROMPTS, seeded(0)), reward.hps("cpu", "tiny-h")
+    scorer = ClipReward(f"tiny-h:{tmp_path / 'HPS_v2.1_compressed.pt'}")
+    with torch.no_grad():
+        texts = tiny_clip.encode_text(scorer.tokenizer(PROMPTS), normalize=True)
+    frames = scorer.frame_features(clips.flatten(0, 1)).view(3, 12, -1)
+    expected = torch.einsum("nfd,nd->nf", frames, texts).mean(1)
+    assert torch.allclose(score(clips, PROMPTS), expected, atol=1e-5)
+    with pytest.raises(UserError, match="open_clip cannot load"):
+        torch.save({"state_dict": {"x": torch.zeros(1)}}, tmp_path / "HPS_v2.1_compressed.pt")
+        reward.hps("cpu", "tiny-h")
+
+
+def test_aesthetic_is_laions_head_on_unit_features(tiny_clip, tmp_path):
+    save_file(tiny_clip.state_dict(), tmp_path / "vit_large_patch14_clip_224.openai.safetensors")
+    sizes = (768, 1024), (1024, 128), (128, 64), (64, 16), (16, 1)
+    head = nn.Sequential(  # with the dropout of the original, for the numbers in its keys
+        nn.Linear(*sizes[0]),
+        nn.Dropout(),
+        nn.Linear(*sizes[1]),
+        nn.Dropout(),
+        nn.Linear(*sizes[2]),
+        nn.Dropout(),
+        nn.Linear(*sizes[3]),
+        nn.Linear(*sizes[4]),
+    ).eval()
+    weights = {f"layers.{name}": x for name, x in head.state_dict().items()}
+    torch.save(weights, tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
+    score, clips = reward.Aesthetic("cpu", "tiny-h"), make_clips(PROMPTS, seeded(0))
+    features = score.clip.frame_features(clips.flatten(0, 1))
+    with torch.no_grad():
+        expected = head(features).view(3, 12).mean(1)
+    assert torch.allclose(score(clips, PROMPTS), expected, atol=1e-5)
+    weights["layers.0.bias"] = torch.zeros(3)
+    torch.save(weights, tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
+    with pytest.raises(UserError, match="not LAION's head"):
+        reward.Aesthetic("cpu", "tiny-h")
+
+
+def test_frames_are_resized_by_the_shorter_side_and_cropped(clip):
+    """As open_clip's own transform of the model does."""
+    import open_clip
+    from torchvision.transforms.functional import to_pil_image
+
+    config = clip.model.visual.preprocess_cfg
+    transform = open_clip.transform.image_transform_v2(
+        open_clip.transform.PreprocessCfg(**config), is_train=False
+    )
+    frames = torch.rand(4, 3, 70, 96, generator=seeded(0)).round(decimals=2)
+    frames = torch.nn.functional.avg_pool2d(frames, 5, 1, 2)
+    with torch.no_grad():
+        pixels = torch.stack([transform(to_pil_image(frame)) for frame in frames])
+        expected = clip.model.encode_image(pixels, normalize=True)
+    assert torch.cosine_similarity(clip.frame_features(frames), expected).min() > 0.999
 
 
 # ------------------------------------------------------------------ model, sampler, fork
@@ -977,6 +1055,247 @@ def test_cuda_agrees_with_the_cpu(bf16):
         assert row["skipped"] == 0 and (row["ratio_first"] == 1 or tiny_method(method).buffered)
 
 
+# ------------------------------------------------------------------ other generators
+
+
+class Cache(NamedTuple):
+    """Key and value buffers with room for all chunks, and how far they are written."""
+
+    text: torch.Tensor  # [N, W]
+    k: torch.Tensor  # [N, chunks * tokens, W]
+    v: torch.Tensor
+    end: int
+
+    def repeat(self, times: int) -> "Cache":
+        return Cache(*(x.repeat_interleave(times, 0) for x in self[:3]), self.end)
+
+
+class Other(nn.Module):
+    """A generator of another kind: any latent shape, its first axis are tokens; times in 0..1000
+    with a shift of 5, preallocated caches, checkpointed blocks, prompts that are free text."""
+
+    def __init__(self, shape=(3, 16, 2, 2), flow=False, chunks=3, checkpointed=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.chunk_shape, self.chunks, self.flow = shape, chunks, flow
+        self.checkpointed = checkpointed
+        self.tokens = shape[0] if len(shape) > 1 else 1
+        shift = lambda u: 5 * u / (1 + 4 * u)
+        self.timesteps = tuple(shift(step / 1000) for step in (1000, 500, 100))
+        self.solver_steps = 0 if flow else 2
+        W, D = 16, math.prod(shape) // self.tokens
+        self.into, self.qkv, self.out = nn.Linear(D, W), nn.Linear(W, 3 * W), nn.Linear(W, D)
+        self.time = nn.Linear(1, W)
+        self.requires_grad_(False)
+
+    device = property(lambda self: self.into.weight.device)
+
+    def begin(self, prompts):
+        text = torch.stack([torch.randn(16, generator=seeded(0, p)) for p in prompts])
+        empty = torch.zeros(len(prompts), self.chunks * self.tokens, 16)
+        return Cache(text, empty, empty, 0)
+
+    def blocks(self, x, time, text, k, v, end):
+        y = torch.tanh(self.into(x) + self.time(time)[:, None] + text[:, None])
+        q, key, value = self.qkv(y).chunk(3, 2)
+        k, v, stop = k.clone(), v.clone(), end + self.tokens
+        k[:, end:stop], v[:, end:stop] = key, value
+        y = y + (q @ k[:, :stop].mT / 4).softmax(-1) @ v[:, :stop]
+        return self.out(y), k, v
+
+    def forward(self, x, t, context):
+        t = torch.as_tensor(t, dtype=torch.float32).expand(len(x))[:, None]
+        rows = x.reshape(len(x), self.tokens, -1)
+        arguments = rows, (1000 * t) / 500 - 1, *context
+        if self.checkpointed:
+            again = torch.utils.checkpoint.checkpoint
+            y, k, v = again(self.blocks, *arguments, use_reentrant=False)
+        else:
+            y, k, v = self.blocks(*arguments)
+        t = t[:, :, None]
+        return ((1 - t) * rows + t * y).view_as(x), k, v
+
+    def predict(self, x_t, t, context):
+        return self(x_t, t, context)[0]
+
+    def extend(self, context, x0):
+        return Cache(context.text, *self(x0, 0.0, context)[1:], context.end + self.tokens)
+
+    @staticmethod
+    def decode(latents):
+        return latents
+
+
+def level(clips, prompts):
+    return {"reward": clips.flatten(1).mean(1)}
+
+
+SHAPES_OF_LATENTS = [(6,), (2, 5), (3, 2, 4), (3, 16, 2, 2), (2, 3, 2, 2, 2)]
+
+
+@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize("shape", SHAPES_OF_LATENTS, ids=str)
+def test_the_core_runs_on_another_generator_of_any_latent_shape(shape, flow):
+    model, prompts = Other(shape, flow), ["one", "two", "three", "four"]
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    noise = draw_noise(model, 4, seeded(0))
+    names = [*arcopo.METHODS] + ["sde-grpo"] * (not flow)
+    for name in names:
+        method = tiny_method(name, prompts=3)
+        buffer = collect_buffer(model, method, prompts, level, 5, 0)
+        adapter = nonzero(Adapter.new(model, 4, 4.0, seeded(0)))
+        optimizer = torch.optim.AdamW(adapter.parameters(), 1e-2, weight_decay=0)
+        groups = lambda g: (
+            draw_from(buffer, model, 3, g)
+            if method.buffered
+            else explore(model, method, prompts, level, 3, g)
+        )
+        row = iterate(model, adapter, optimizer, method, groups, seeded(1))
+        assert row["skipped"] == 0 and row["grad_norm"] > 0
+        assert method.buffered or row["ratio_first"] == 1
+        with adapter.on(model):
+            assert sample(model, prompts, noise).shape == (4, 3, *shape)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize("shape", SHAPES_OF_LATENTS, ids=str)
+def test_each_prompt_gets_its_own_times_whatever_the_shape(shape, flow):
+    """Log-policies of a batch of prompts are those of each prompt by itself."""
+    model, prompts = Other(shape, flow), ["one", "two", "three"]
+    for name in ["on-policy"] + ["sde-grpo"] * (not flow):
+        method = tiny_method(name)
+        noise = draw_noise(model, 3, seeded(0))
+        whole, _ = fork(model, prompts, 1, noise, *method.branch_noise(noise, 1, seeded(1)))
+        pairs = method.replayed(3, seeded(2))
+        with nonzero(Adapter.new(model, 4, 4.0, seeded(0))).on(model):
+            together = method.log_policies(model, whole, *pairs.T)
+            for n in range(3):
+                context = Cache(*(x[n : n + 1] for x in whole.context[:3]), whole.context.end)
+                own = [x[n : n + 1] for x in (whole.states, whole.candidates)]
+                one = Fork(prompts[n : n + 1], whole.prefix[n : n + 1], context, *own)
+                for k, pair in enumerate(pairs):
+                    alone = method.log_policies(model, one, *pair[None].T)
+                    assert torch.allclose(alone[0, 0], together[n, k], atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["on-policy", "semi", "sde-grpo"])
+@pytest.mark.parametrize("model", [Other(), tiny()], ids=["other", "miniature"])
+def test_slices_change_nothing_but_the_memory(model, method):
+    """micro rows at a time: the same branches, clips, ratios and gradient, to rounding."""
+    found = []
+    for micro in (0, 3, 7):
+        chosen = tiny_method(method, prompts=3, micro=micro)
+        noise = draw_noise(model, 3, seeded(0))
+        own = chosen.branch_noise(noise, 1, seeded(1))
+        branches, clips = fork(model, PROMPTS, 1, noise, *own, micro)
+        adapter = nonzero(Adapter.new(model, 4, 4.0, seeded(0)))
+        optimizer = torch.optim.SGD(adapter.parameters(), 0.1)
+        rewards = torch.randn(3, 4, generator=seeded(2))
+        row = update(model, adapter, branches, rewards, chosen, optimizer, 2, seeded(3))
+        found.append([clips, branches.candidates, *adapter.parameters()])
+        assert row["skipped"] == 0
+    for other in found[1:]:
+        assert all(torch.allclose(x, y, rtol=1e-3, atol=1e-5) for x, y in zip(other, found[0]))
+
+
+def test_gradient_checkpointing_gives_the_same_gradient():
+    found = []
+    for checkpointed in (False, True):
+        model = Other(checkpointed=checkpointed)
+        adapter = nonzero(Adapter.new(model, 4, 4.0, seeded(0)))
+        method, noise = tiny_method("on-policy"), draw_noise(model, 2, seeded(0))
+        with adapter.on(model):
+            own = method.branch_noise(noise, 1, seeded(1))
+            branches, clips = fork(model, ["a", "b"], 1, noise, *own)
+        optimizer = torch.optim.SGD(adapter.parameters(), 0.0)
+        rewards = level(clips.flatten(0, 1), [])["reward"].view(2, -1)
+        row = update(model, adapter, branches, rewards, method, optimizer, 2, seeded(2))
+        assert row["ratio_first"] == 1 and row["grad_norm"] > 0
+        found.append([p.grad for p in adapter.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*found))
+
+
+def test_the_context_is_never_written_to():
+    model = Other()
+    context = model.extend(model.begin(["a", "b"]), torch.randn(2, *model.chunk_shape))
+    before = copy.deepcopy(context)
+    noise = draw_noise(model, 2, seeded(0))
+    arcopo.rollout(model, context, noise, 1, 3)
+    assert all(torch.equal(x, y) for x, y in zip(context[:3], before[:3]))
+
+
+def test_lora_is_in_float32_beside_bfloat16_weights(tmp_path):
+    model = Other().bfloat16()
+    x = torch.randn(5, model.into.in_features, generator=seeded(0)).bfloat16()
+    adapter = nonzero(Adapter.new(model, 4, 8.0, seeded(0)))
+    A, B = adapter.weights["into"]
+    assert all(p.dtype == torch.float32 for p in adapter.parameters())
+    with adapter.on(model):
+        delta = 2 * (x.float() @ A.T @ B.T)
+        assert torch.equal(model.into(x), model.into.forward(x) + delta.bfloat16())
+    model.fingerprint = ""
+    adapter.save(tmp_path, {"base": "", "timesteps": list(model.timesteps)})
+    for name, pair in Adapter.load(tmp_path, model).weights.items():
+        assert all(torch.equal(x, y) for x, y in zip(pair, adapter.weights[name]))
+
+
+def test_lora_goes_on_the_layers_named_and_on_nothing_else():
+    model = tiny()
+    linear = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    assert set(Adapter.new(model, 2, 2.0).weights) == linear
+    some = Adapter.new(model, 2, 2.0, targets=r"blocks\.\d+\.(qkv|out)")
+    assert set(some.weights) == {f"blocks.{i}.{n}" for i in (0, 1) for n in ("qkv", "out")}
+    with pytest.raises(UserError, match="no nn.Linear"):
+        Adapter.new(model, 2, 2.0, targets="smooth.*")  # convolutions
+    unused = Adapter.new(nn.ModuleDict({"a": model, "b": nn.Linear(2, 2)}), 2, 2.0, seeded(0))
+    inner = {name[2:]: pair for name, pair in unused.weights.items() if name.startswith("a.")}
+    inner["position_"] = unused.weights["b"]
+    model.add_module("position_", nn.Linear(2, 2))  # never called: no gradient
+    adapter = nonzero(Adapter(inner, 2.0))
+    assert trainer(model, adapter)(0)["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_adapters_are_files_that_peft_loads(tmp_path, merged):
+    """With peft installed (pip install peft): PeftModel gives the output that `on` gives."""
+    model, folder, about = tiny(), tmp_path / "adapter", {"base": "", "timesteps": []}
+    new = lambda rank, seed: nonzero(Adapter.new(model, rank, 6.0, seeded(seed), r"blocks.*|head"))
+    adapter = new(4, 0)
+    if merged:
+        adapter = merge_adapters((adapter, 0.7), (new(3, 1), 1.0))
+    adapter.save(folder, about)
+    adapter.save(tmp_path / "again", about)
+    assert len(list(folder.iterdir())) == 2
+    for file in folder.iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert config["peft_type"] == "LORA"
+    for name, (A, B) in adapter.weights.items():
+        a, b = (tensors.pop(f"base_model.model.{name}.lora_{x}.weight") for x in "AB")
+        assert a.shape == (config["r"], A.shape[1]) and b.shape == (B.shape[0], config["r"])
+        ours = adapter.alpha / adapter.rank * B @ A
+        assert torch.allclose(config["lora_alpha"] / config["r"] * b @ a, ours, atol=1e-7)
+        assert re.fullmatch(config["target_modules"], name)
+    assert not tensors
+    peft = pytest.importorskip("peft")
+    x, context = torch.randn(3, *model.chunk_shape), model.begin(PROMPTS)
+    with adapter.on(model):
+        expected = model.predict(x, 0.5, context)
+    plain = model.predict(x, 0.5, context)
+    found = peft.PeftModel.from_pretrained(model, folder).base_model.model.predict(x, 0.5, context)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, plain, atol=1e-3)
+
+
+def test_own_model_learns():
+    from examples import own_model
+
+    before, after = own_model.main(40)
+    assert after > before / 2  # the reward is at most 0
+
+
 # ------------------------------------------------------------------ the script
 
 
@@ -1077,6 +1396,158 @@ def test_script_runs_the_recipe_and_samples_from_its_adapter(tmp_path, tiny_base
     again = script(*semi, "--buffer", folder / "buffer.safetensors", *TINY, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert left(tmp_path / "again") == LEFT | {"semi.csv", "semi-curve.csv", "semi"}
+
+
+def test_a_reward_of_ones_own_trains_and_is_in_every_table(tmp_path, tiny_base):
+    """Of a module in the current folder, with prompts of one's own."""
+    (tmp_path / "my_rewards.py").write_text(
+        "def blue(clips, prompts):\n"
+        "    assert clips.shape[1:] == (12, 3, 32, 32) and len(clips) == len(prompts)\n"
+        "    return clips[:, :, 2].mean((1, 2, 3))\n"
+    )
+    (tmp_path / "prompts.txt").write_text("\n".join([*TRAIN_PROMPTS[:5], "", TRAIN_PROMPTS[0]]))
+    mine = ["--reward", "ta=1,my_rewards:blue=0.5", "--buffer-reward", "my_rewards:blue=1"]
+    common = ["--steps", 1, "--base", tiny_base, "--out", "run", "--prompts-file", "prompts.txt"]
+    done = script(*common, *mine, *TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for file in ("on-policy.csv", "on-policy-curve.csv", "semi-curve.csv", "judged.csv"):
+        assert {"reward", "ta", "my_rewards:blue"} <= set(read(tmp_path / "run" / file)[0])
+        assert "vq" not in read(tmp_path / "run" / file)[0]
+    record = reward.read_weights(tmp_path / "run" / "buffer.safetensors", "")[1]
+    assert set(record["prompts"]) <= set(TRAIN_PROMPTS[:5])
+    assert record["reward"] == {"my_rewards:blue": 1.0}
+    few = script(*common[:-1], tmp_path / "few.txt", cwd=tmp_path)
+    assert few.returncode == 2 and few.stderr.count("\n") == 1
+    for wrong in ("lambda clips, prompts: clips", "lambda clips: 1", "lambda c, p: None"):
+        (tmp_path / "my_rewards.py").write_text(f"blue = {wrong}\n")
+        done = script(*common[:4], "--reward", "my_rewards:blue=1", cwd=tmp_path)
+        assert done.returncode == 2 and "my_rewards:blue" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+class Crash(BaseException):
+    """What kill -9 is to a process."""
+
+
+def unfinished(folder: Path) -> dict:
+    """All that a run must end with whatever happened: files by name, without seconds."""
+    found = {}
+    for file in sorted(folder.rglob("*")):
+        name = str(file.relative_to(folder))
+        if file.suffix == ".csv":
+            drop = lambda row: {k: v for k, v in row.items() if k != "seconds"}
+            found[name] = [drop(row) for row in read(file)]
+        elif file.suffix in (".safetensors", ".gif") and "checkpoint" not in name:
+            found[name] = file.read_bytes()
+        elif "checkpoint" in name and not name.endswith(".previous"):
+            found[name] = {k: x.tolist() for k, x in load_file(file).items()}
+    return found
+
+
+def test_a_run_killed_anywhere_ends_as_if_it_was_never_killed(
+    tmp_path, tiny_base, monkeypatch, capsys
+):
+    """Each write of a file and each iteration is one place to die; every 11th of them is tried,
+    before and after the write."""
+    arguments = ["--steps", 3, "--save-every", 2, "--base", tiny_base, "--sweep", "0.5", *TINY]
+    arguments = [*arguments[:-3], 1, *arguments[-2:]]  # --judge-every 1
+    count, die_at = [0], [None]
+
+    def deadly(function, after):
+        def call(*a, **k):
+            count[0] += 1
+            if count[0] == die_at[0] and not after:
+                raise Crash
+            result = function(*a, **k)
+            if count[0] == die_at[0]:
+                raise Crash
+            return result
+
+        return call
+
+    monkeypatch.setattr(reward.os, "replace", deadly(reward.os.replace, False))
+    monkeypatch.setattr(arcopo, "iterate", deadly(arcopo.iterate, True))
+    monkeypatch.setattr(arcopo, "explore", deadly(arcopo.explore, True))
+    assert arcopo.main([*arguments, "--out", tmp_path / "whole"]) == 0
+    whole, places = unfinished(tmp_path / "whole"), count[0]
+    assert places > 40
+    for i, place in enumerate(range(3, places, 11)):
+        out = tmp_path / f"killed{i}"
+        count[0], die_at[0] = 0, place
+        with pytest.raises(Crash):
+            arcopo.main([*arguments, "--out", out])
+        die_at[0] = None
+        assert arcopo.main(["--resume", out]) == 0
+        again = unfinished(out)
+        assert again.keys() == whole.keys()
+        assert not [name for name in whole if whole[name] != again[name]]
+    capsys.readouterr()
+    assert arcopo.main(["--resume", out]) == 2 and "complete" in capsys.readouterr().err
+
+
+def test_resume_refuses_what_it_cannot_go_on_with(tmp_path, tiny_base, monkeypatch, capsys):
+    arguments = ["--method", "on-policy", "--steps", 2, "--save-every", 1, "--base", tiny_base]
+    out = tmp_path / "run"
+    plain, calls = arcopo.iterate, []
+
+    def dies(*a):
+        calls.append(1)
+        if len(calls) == 2:
+            raise Crash
+        return plain(*a)
+
+    monkeypatch.setattr(arcopo, "iterate", dies)
+    with pytest.raises(Crash):
+        arcopo.main([*arguments, "--out", out, *TINY])
+
+    def refused(says: str, *more) -> None:
+        before = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+        capsys.readouterr()
+        assert arcopo.main(["--resume", out, *more]) == 2
+        error = capsys.readouterr().err.splitlines()
+        assert says in error[-1] and not [line for line in error if "Traceback" in line]
+        assert before == {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+
+    refused("give no other", "--lr", 0.1)
+    with open(out / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        refused("another process")
+    saved = (out / "settings.json").read_text()
+    code = reward.version()["code"]
+    (out / "settings.json").write_text(saved.replace(code, "0" * 16))
+    refused("changed since")
+    (out / "settings.json").write_text(saved.replace('"group"', '"troupe"'))
+    refused("not the folder of a run")
+    (out / "settings.json").write_text(saved)
+    save_generator(tiny(seed=3), tiny_base)  # another base in the same place
+    refused("another base")
+    save_generator(tiny(), tiny_base)
+    newest, older = (out / f"on-policy.checkpoint.safetensors{e}" for e in ("", ".previous"))
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    kept = older.read_bytes()
+    older.write_bytes(kept[:100])
+    refused("damaged")
+    older.write_bytes(kept)
+    assert arcopo.main(["--resume", out]) == 0  # from the one before
+    assert "going back" in capsys.readouterr().err and len(read(out / "on-policy.csv")) == 2
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, tiny_base):
+    command = [sys.executable, HERE / "arcopo.py", "--method", "on-policy", "--steps", "1000"]
+    command += ["--base", tiny_base, "--out", "run", *TINY]
+    process = subprocess.Popen(
+        [*map(str, command)], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    rows = tmp_path / "run" / "on-policy.csv"
+    while not (rows.exists() and len(read(rows)) > 2) and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"Traceback" not in error
+    assert error.decode().strip().splitlines()[-1].endswith("continue with --resume run")
+    record = reward.read_weights(tmp_path / "run" / "on-policy.checkpoint.safetensors", "")[1]
+    assert len(record["state"]["rows"]) == len(read(rows))
 
 
 @pytest.mark.parametrize("method", ["on-policy", "off-policy", "sde-grpo"])
@@ -1279,9 +1750,9 @@ BAD = [
     (["--reward", "hps=1"], "huggingface.co/xswu/HPSv2"),
     (["--reward", "aesthetic=1"], "vit_large_patch14_clip_224.openai"),
     (["--prompts-file", "{missing}"], "cannot be read"),
-    (["--prompts-file", "{here}/held_out.txt"], "is held out"),
-    (["--prompts-file", "{here}/pink.txt"], "pink"),
-    (["--prompts-file", "{here}/empty.txt"], "no prompts"),
+    (["--prompts-file", "{here}/held_out.txt", "--prompts", 1], "is held out"),
+    (["--prompts-file", "{here}/pink.txt", "--prompts", 2], "pink"),
+    (["--prompts-file", "{here}/empty.txt"], "has 0 different"),
     (["--targets", "nothing"], "no nn.Linear"),
     (["--targets", "("], "--targets"),
     (["--micro", "2"], "at least --prompts"),
@@ -1339,14 +1810,14 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("arguments, says", BAD, ids=[" ".join(a) for a, _ in BAD])
+@pytest.mark.parametrize("arguments, says", BAD, ids=[" ".join(map(str, a)) for a, _ in BAD])
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
     arguments, says, tmp_path, tiny_base, capsys, monkeypatch
 ):
     files = broken_files(tmp_path, tiny_base)
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    arguments = [a.format(**files) for a in arguments]
+    arguments = [str(a).format(**files) for a in arguments]
     if "--base" not in arguments and "--resume" not in arguments:
         arguments += ["--base", str(tiny_base)]
     assert arcopo.main(arguments) == 2
