@@ -15,6 +15,7 @@ from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from statistics import mean, stdev
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import imageio.v3 as iio
@@ -1287,6 +1288,66 @@ def test_adapters_are_files_that_peft_loads(tmp_path, merged):
     found = peft.PeftModel.from_pretrained(model, folder).base_model.model.predict(x, 0.5, context)
     assert torch.allclose(found, expected, atol=1e-5)
     assert not torch.allclose(found, plain, atol=1e-3)
+
+
+class Network(nn.Module):
+    """What examples/self_forcing.py uses of CausalWanModel: it writes into the caches it is given,
+    at their indexes, and attends to what is written."""
+
+    def __init__(self, channels: int = 4):
+        super().__init__()
+        self.patch_size, self.dim, self.num_heads, self.num_frame_per_block = (1, 2, 2), 16, 2, 1
+        self.into, self.out = nn.Linear(4 * channels, 16), nn.Linear(16, 4 * channels)
+        self.blocks = nn.ModuleList(nn.Linear(16, 48) for _ in range(2))
+        self.text, self.time = nn.Linear(32, 16), nn.Linear(1, 16)
+
+    def forward(self, x, t, text, caches, current_start):
+        patches = nn.functional.pixel_unshuffle(x, 2).movedim(2, 4)  # [1, F, h, w, 4C]
+        y = self.into(patches) + self.time(t[..., None] / 1000)[:, :, None, None]
+        y = (y + self.text(text).mean(1)[:, None, None, None]).flatten(1, 3)
+        for block, cache in zip(self.blocks, caches):
+            q, k, v = block(y.tanh()).unflatten(2, (3, 2, 8)).unbind(2)
+            start = cache["local_end_index"].item()
+            assert start == cache["global_end_index"].item() == current_start
+            cache["k"][:, start : start + y.shape[1]] = k
+            cache["v"][:, start : start + y.shape[1]] = v
+            q, k, v = (z.transpose(1, 2) for z in (q, cache["k"], cache["v"]))
+            z = nn.functional.scaled_dot_product_attention(q, k, v)
+            y = y + z.transpose(1, 2).flatten(2)
+        y = self.out(y).view(patches.shape).movedim(4, 2)
+        return nn.functional.pixel_shuffle(y, 2)
+
+
+class StandIn(nn.Module):
+    """In place of Self-Forcing's WanDiffusionWrapper."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = Network()
+        u = torch.linspace(1, 0, 1001)[:-1]
+        self.scheduler = SimpleNamespace(sigmas=5 * u / (1 + 4 * u))
+
+    def forward(self, x, conditional, times, kv_cache, crossattn_cache, current_start):
+        text = conditional["prompt_embeds"]
+        flow = self.model(x, times, text, kv_cache, current_start)
+        return flow, x - times[..., None, None, None] / 1000 * flow
+
+
+def test_the_self_forcing_example_on_a_stand_in(capsys):
+    """python examples/self_forcing.py --check does this on the real code."""
+    from examples import check_self_forcing
+    from examples.self_forcing import SelfForcing, memory
+
+    text, vae = check_self_forcing.Text(), check_self_forcing.Vae()
+    model = SelfForcing(StandIn(), text, vae, (3, 4, 4, 4), 3)
+    assert model.timesteps == pytest.approx((1, 0.9375, 0.8333, 0.625), abs=1e-4)
+    check_self_forcing.check(model, ["a cat", "a dog", "a boat"])
+    assert "first ratio exactly 1" in capsys.readouterr().out
+    context = model.extend(model.begin(["a", "b"]), torch.randn(2, 3, 4, 4, 4)).repeat(3)
+    shared = [past[0][0][0].data_ptr() for past in context.pasts]
+    assert len(set(shared)) == 2 and shared[0] == shared[2]  # nothing was copied
+    assert sum(size for name, size in memory().items() if "CPU" not in name) < 80
 
 
 def test_own_model_learns():

@@ -1,0 +1,159 @@
+"""Self-Forcing's own code with tiny random weights, on the CPU: called by self_forcing.py --check.
+
+Proves that the sampler equals Self-Forcing's own loop on the same noise, that branches are equal
+before the pivot, that the first ratio is exactly 1 and the gradient equals finite differences, and
+that a few iterations raise a toy reward. It reads a copy of that repository and writes nothing.
+"""
+
+import sys
+import types
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from arcopo import Adapter, Settings, draw_noise, explore, fork, iterate, methods, sample, seeded
+from examples.self_forcing import SelfForcing
+
+
+def check(model: SelfForcing, prompts: list[str]) -> None:
+    """Prints, and raises AssertionError if a property of the method does not hold."""
+    level = lambda clips, prompts: {"reward": clips.flatten(1).mean(1)}
+    settings = Settings(group=4, anchors=2, prompts=2, rank=4, alpha=4.0, micro=2, floor=1e-6)
+    method, noise = methods(settings)["on-policy"], draw_noise(model, 2, seeded(0))
+    branches, clips = fork(model, prompts[:2], 1, noise, *method.branch_noise(noise, 1, seeded(1)))
+    clips = clips.unflatten(2, (model.chunks, -1))
+    before, at = ((clips[:, :, p] - clips[:, :1, p]).abs().max().item() for p in (0, 1))
+    print(f"branches differ before the pivot by {before}, at it by {at:.3f}")
+    assert before == 0 < at
+    adapter = Adapter.new(model, 4, 4.0, seeded(0))
+    for p in adapter.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=seeded(2)).to(p)
+    A, h = adapter.parameters()[0], 1e-2
+    value = lambda: method.log_policies(model, branches, *torch.tensor([[1], [2]]))[..., 0].sum()
+    with adapter.on(model):
+        gradient = torch.autograd.grad(value(), A)[0]
+        A.data += h * gradient / gradient.norm()
+        above = value().item()
+        A.data -= 2 * h * gradient / gradient.norm()
+        difference = (above - value().item()) / (2 * h)
+    print(f"gradient {gradient.norm():.5f}, finite difference {difference:.5f}")
+    assert abs(gradient.norm() - difference) < 0.05 * gradient.norm()
+    adapter, noise = Adapter.new(model, 4, 4.0, seeded(0)), draw_noise(model, 2, seeded(3))
+    optimizer = torch.optim.AdamW(adapter.parameters(), 1e-2, weight_decay=0)
+    groups = lambda generator: explore(model, method, prompts, level, 2, generator)
+    rewards = [sample(model, prompts[:2], noise).mean().item()]
+    for step in range(15):
+        row = iterate(model, adapter, optimizer, method, groups, seeded(0, step))
+        assert row["ratio_first"] == 1 and row["skipped"] == 0
+    with adapter.on(model):
+        rewards.append(sample(model, prompts[:2], noise).mean().item())
+    print(f"first ratio exactly 1; toy reward {rewards[0]:.4f} -> {rewards[1]:.4f}")
+    assert rewards[1] > rewards[0]
+
+
+class Text(nn.Module):
+    """In place of T5: random embeddings, the same for the same prompt."""
+    def forward(self, text_prompts: list[str]) -> dict:
+        texts = [torch.randn(5, 32, generator=seeded(0, prompt)) for prompt in text_prompts]
+        return {"prompt_embeds": torch.stack(texts)}
+
+
+class Vae(nn.Module):
+    """In place of the VAE: three of the latent's channels are the pixels."""
+    def decode_to_pixel(self, latents: Tensor, use_cache: bool = False) -> Tensor:
+        return latents[:, :, :3]
+
+
+def tiny(repository: Path):
+    """Self-Forcing's own wrapper with random weights -> SelfForcing, and its pipeline class. What
+    it imports but the check does not need (diffusers, T5, the VAE, flash-attention) is replaced."""
+    class Stub(types.ModuleType):
+        def __getattr__(self, name: str):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return object
+
+    for name in ("diffusers", "diffusers.configuration_utils", "diffusers.models", "einops",
+                 "diffusers.models.modeling_utils", "demo_utils", "demo_utils.memory",
+                 "wan", "wan.modules", "wan.modules.t5", "wan.modules.tokenizers",
+                 "wan.modules.vae", "pipeline"):
+        sys.modules[name] = Stub(name)
+        sys.modules[name].__path__ = [str(repository / name.replace(".", "/"))]
+    sys.modules["diffusers.configuration_utils"].register_to_config = lambda function: function
+    sys.modules["diffusers.models.modeling_utils"].ModelMixin = nn.Module
+    sys.path.insert(0, str(repository))
+    from pipeline.causal_inference import CausalInferencePipeline
+    from utils.wan_wrapper import FlowMatchScheduler, WanDiffusionWrapper
+    from wan.modules import causal_model, model
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, k_lens=None) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    causal_model.attention = model.flash_attention = attention
+    torch.manual_seed(0)
+    wrapper = WanDiffusionWrapper.__new__(WanDiffusionWrapper)   # __init__ loads the checkpoint
+    nn.Module.__init__(wrapper)
+    wrapper.model = causal_model.CausalWanModel(dim=48, ffn_dim=280, num_heads=2, num_layers=2,
+                                                text_dim=32, text_len=5, freq_dim=32)
+    nn.init.normal_(wrapper.model.head.head.weight, std=0.1)
+    wrapper.uniform_timestep, wrapper.seq_len = False, 32760
+    wrapper.scheduler = FlowMatchScheduler(shift=5.0, sigma_min=0.0, extra_one_step=True)
+    wrapper.scheduler.set_timesteps(1000, training=True)
+    wrapper.post_init()
+    return SelfForcing(wrapper, Text(), Vae(), (3, 16, 8, 8), 4), CausalInferencePipeline
+
+
+def compare(model: SelfForcing, pipeline_class: type, prompts: list[str]) -> None:
+    """Self-Forcing's own sampling loop, with our noise in place of what it draws."""
+    noise = draw_noise(model, len(prompts), seeded(0))
+    config = types.SimpleNamespace(denoising_step_list=[1000, 750, 500, 250], context_noise=0,
+                                   warp_denoising_step=True, num_frame_per_block=3,
+                                   independent_first_frame=False)
+    pipeline = pipeline_class(config, "cpu", model.wrapper, *model.outside)
+    pipeline.num_transformer_blocks, pipeline.frame_seq_length = 2, model.tokens // 3
+    caches = lambda: [{"k": torch.zeros(len(prompts), model.chunks * model.tokens, 2, 24),
+                       "v": torch.zeros(len(prompts), model.chunks * model.tokens, 2, 24)}
+                      for _ in range(2)]
+    pipeline.kv_cache1, pipeline.crossattn_cache = caches(), caches()
+    drawn, torch.randn_like = torch.randn_like, lambda x: next(own).reshape(x.shape)
+    own = (noise.solver[:, p, i] for p in range(model.chunks) for i in range(model.solver_steps))
+    try:
+        theirs = pipeline.inference(noise.initial.flatten(1, 2), prompts)
+    finally:
+        torch.randn_like = drawn
+    difference = (sample(model, prompts, noise) - theirs).abs().max().item()
+    print(f"sampler: differs from Self-Forcing's own loop by {difference}")
+    assert difference < 1e-5
+
+
+def saved_for_backward(model: SelfForcing) -> float:
+    """Bytes that a row at the last of 7 pivots saves, per token, layer and unit of width: the
+    network in bf16, LoRA of rank 2 for its width of 48 (as 64 for 1,536)."""
+    net, sizes = model.wrapper.model.bfloat16(), {}
+    layers, width = len(net.blocks), net.dim
+    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    chunk = torch.randn(model.chunk_shape)
+    past = tuple(torch.randn(1, model.tokens, net.num_heads, width // net.num_heads).bfloat16()
+                 for _ in "kv")
+
+    def keep(x: Tensor) -> Tensor:
+        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    adapter = Adapter.new(model, 2, 2.0, seeded(0))
+    own |= {p.untyped_storage().data_ptr() for p in adapter.parameters()}
+    text = model.begin(["a cat"]).texts[0].bfloat16()
+    with adapter.on(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        kept = model.row(chunk, torch.tensor(1.0), text, ((past,) * layers,) * 6)
+    assert kept[0].requires_grad
+    size = sum(size for pointer, size in sizes.items() if pointer not in own)
+    return size / (layers * model.tokens * width)
+
+
+def main(repository: Path) -> None:
+    prompts = ["a cat", "a dog", "a boat"]
+    model, pipeline_class = tiny(repository)
+    compare(model, pipeline_class, prompts[:1])
+    check(model, prompts)
+    print(f"a row saves {saved_for_backward(model):.0f} bytes per token, layer and unit of width")
