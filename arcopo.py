@@ -516,7 +516,7 @@ class Adapter:
         def hook(A: Tensor, B: Tensor):
             def add(layer: nn.Module, x: tuple, y: Tensor) -> Tensor:
                 with torch.autocast(y.device.type, enabled=False):      # in float32
-                    return y + (scale * F.linear(F.linear(x[0].float(), A), B)).to(y.dtype)
+                    return y + F.linear(scale * F.linear(x[0].float(), A), B).to(y.dtype)
             return add
         handles = [model.get_submodule(name).register_forward_hook(hook(A, B))
                    for name, (A, B) in self.weights.items()]

@@ -1,7 +1,9 @@
 """Run what each claim of the paper needs, over seeds: python -m studies.claims C2 --seeds 5
 
-Appends to results.csv (the final table of each run), curves.csv (held-out curves), entropy.csv and
-cost.csv in --out, by default this folder. What is there already is not run again.
+Appends to results.csv (the final table of each run), curves.csv (held-out curves), training.csv (a
+summary of the training metrics), entropy.csv and cost.csv in --out, by default this folder. What is
+there already is not run again. "tuning" is the search for settings, "factors" changes one setting
+at a time.
 """
 
 import csv
@@ -10,38 +12,45 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean, median
 
 from reward import Parser, UserError, append_row, check_folder, command, nonempty
 
 HERE = Path(__file__).resolve().parent
-TA = "--reward ta=1"
 SECOND = "runs/second-base"
-RUNS = [  # (claims, run in the CSVs, command; S is the seed)
+PRETRAIN = ("python -m studies.pretrain --seed 1 --teacher-steps 1500 --student-steps 400 "
+            f"--out {SECOND}")
+ONE = "python arcopo.py --method {} --seed S --steps {}"
+TA = ONE + " --reward ta=1 --judge-every 10"
+SDE = "python -m studies.sde_grpo --seed S --steps 60 --policy {}"
+POLICIES = "contrastive", "gaussian"
+FACTORS = ("", "--sigma 0.25", "--sigma 1", "--group 6", "--group 24", "--anchors 1",
+           "--anchors 12", "--clip-range 1e-5", "--clip-range 1e-3", "--clip-range inf",
+           "--updates 1", "--updates 4")
+RUNS = [  # (claims, run in the CSVs, command; S is the seed, its seeds if they are fixed)
     ("C1", "entropy", "python -m studies.entropy --seed S"),
+    ("C1", "entropy", "python -m studies.entropy --seed S --timesteps 1,0.3,0.15,0.07"),
+    ("C1", "entropy", "python -m studies.entropy --seed S --timesteps 1,0.5,0.25,0.1"),
     ("C8", "cost", "python -m studies.cost --seed S"),
-    ("C2 C3 C6", "recipe", "python arcopo.py --steps 100 --seed S --sweep 0.4,0.6,0.8,1,1.5,2"),
-    *(
-        ("C2", run, f"python -m studies.sde_grpo --policy {policy} --steps 100{noise} --seed S")
-        for run, noise in (("equal rows", ""), ("equal rows, noisy", " --reward-noise 0.3"))
-        for policy in ("contrastive", "gaussian")
-    ),
-    *(
-        ("C4 C5", "ta", f"python arcopo.py --method {method} {TA} --steps 100 --seed S")
-        for method in ("on-policy", "semi", "off-policy")
-    ),
-    ("C6", "ta, merged", f"python arcopo.py {TA} --steps 100 --seed S --sweep 0.2,0.4,0.6,0.8,1"),
-    (
-        "C7",
-        "flow",
-        "python arcopo.py --base assets/teacher.safetensors --method on-policy --steps 40 --seed S",
-    ),
-    (
-        "C7",
-        "second base",
-        "python -m studies.pretrain --seed 1 --width 128 --layers 4 --heads 2 "
-        f"--out {SECOND} && python arcopo.py --base {SECOND}/base.safetensors "
-        "--method on-policy --steps 60 --seed S",
-    ),
+    ("C3 C6", "recipe", "python arcopo.py --seed S --steps 100 --sweep 0.2,0.4,0.6,0.8,1,1.5,2"),
+    *(("C2", "equal rows", SDE.format(policy)) for policy in POLICIES),
+    *(("C4 C5", "ta", TA.format(method, 100)) for method in ("on-policy", "semi", "off-policy")),
+    ("C4", "ta, semi at 1e-3", TA.format("semi", 100) + " --buffer-lr 1e-3"),
+    ("C4", "ta, on-policy at 4e-4", TA.format("on-policy", 100) + " --lr 4e-4"),
+    ("C7", "flow", ONE.format("on-policy", 40) + " --base assets/teacher.safetensors"),
+    ("C7", "second base",
+     f"{PRETRAIN} && {ONE.format('on-policy', 60)} --base {SECOND}/base.safetensors"),
+    *(("C2", "equal rows, noisy", SDE.format(policy) + " --reward-noise 0.3")
+      for policy in POLICIES),
+    *(("factors", f"factors {change}".strip(), f"{ONE.format('on-policy', 40)} {change}".strip(),
+       (0, 1)) for change in FACTORS),
+    *(("tuning", f"tuning {lr}", SDE.format("contrastive") + f" --lr {lr}", (10,))
+      for lr in ("5e-5", "1e-4", "2e-4")),
+    *(("tuning", f"tuning {change}", SDE.format("gaussian") + f" {change}", (10,))
+      for change in ("--sde-lr 2e-4", "--sde-lr 5e-4", "--sde-lr 1e-3",
+                     "--sde-lr 5e-4 --sde-clip-range 4e-6")),
+    *(("tuning", f"tuning buffer {lr}", ONE.format("semi", 100) + f" --buffer-lr {lr}", (10,))
+      for lr in ("2e-4", "4e-4", "1e-3")),
 ]
 
 
@@ -58,13 +67,20 @@ def trained(line: str) -> str:
 
 def done(out: Path, run: str, line: str, seed: int) -> bool:
     if run in ("entropy", "cost"):
-        return any(
-            row["command"] == line and row["seed"] == str(seed) for row in read(out / f"{run}.csv")
-        )
-    return any(
-        (row["run"], row["model"], row["seed"]) == (run, trained(line), str(seed))
-        for row in read(out / "results.csv")
-    )
+        return any((row["command"], row["seed"]) == (line, str(seed))
+                   for row in read(out / f"{run}.csv"))
+    return any((row["run"], row["model"], row["seed"]) == (run, trained(line), str(seed))
+               for row in read(out / "results.csv"))
+
+
+def summary(rows: list[dict]) -> dict:
+    """Of the rows of iterate: means over all iterations, and the reward of the last 20."""
+    values = lambda name: [float(row[name]) for row in rows]
+    ratio = max(values("ratio_first"), key=lambda r: abs(r - 1))
+    return {"iterations": len(rows), "last_reward": mean(values("reward")[-20:]),
+            "clip_fraction": mean(values("clip_fraction")), "deviation": mean(values("deviation")),
+            "flat_groups": mean(values("flat_groups")), "worst_ratio_first": ratio,
+            "seconds": median(values("seconds"))}
 
 
 def execute(out: Path, run: str, line: str, seed: int, extra: list[str]) -> None:
@@ -73,8 +89,9 @@ def execute(out: Path, run: str, line: str, seed: int, extra: list[str]) -> None
     for part in before:
         if not (HERE.parent / SECOND / "base.safetensors").exists():
             subprocess.run([sys.executable, *shlex.split(part)[1:]], cwd=HERE.parent, check=True)
-    folder = out / "runs" / f"{run}-{trained(line)}-{seed}".replace(" ", "-").replace(",", "")
-    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run wrote
+    name = "".join(c if c.isalnum() or c in ".-" else "-" for c in f"{run}-{trained(line)}-{seed}")
+    folder = out / "runs" / name
+    shutil.rmtree(folder, ignore_errors=True)       # what an interrupted run wrote
     words = [str(seed) if word == "S" else word for word in shlex.split(last)[1:]]
     words = [sys.executable, *words, "--out", str(folder.absolute()), *extra]
     print("$", shlex.join(words), flush=True)
@@ -86,47 +103,44 @@ def execute(out: Path, run: str, line: str, seed: int, extra: list[str]) -> None
         return
     columns = list(read(folder / "judged.csv")[0])[1:]
     for file in sorted(folder.glob("*-curve.csv")):
+        training = file.name.removesuffix("-curve.csv")
+        rows = summary(read(folder / f"{training}.csv"))
+        append_row(out / "training.csv", about | {"training": training} | rows)
         for row in read(file):
-            append_row(
-                out / "curves.csv",
-                about
-                | {"training": file.name[:-10], "step": row["step"]}
-                | {name: row[name] for name in columns},
-            )
-    for row in read(folder / "judged.csv"):  # last: done() looks here
+            point = {name: row[name] for name in columns}
+            append_row(out / "curves.csv",
+                       about | {"training": training, "step": row["step"]} | point)
+    for row in read(folder / "judged.csv"):         # last: done() looks here
         append_row(out / "results.csv", about | row)
 
 
 def main(arguments: list | None = None) -> int:
     def call() -> int:
         parser = Parser(__doc__.split("\n\n")[0])
-        parser.add_argument("claims", nargs="+", metavar="CLAIM", help="C1 ... C8")
+        parser.add_argument("claims", nargs="+", metavar="CLAIM",
+                            help="C1 ... C8, factors, tuning")
         parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1 [5]")
-        parser.add_argument(
-            "--out", type=nonempty, default=str(HERE), help="folder of the CSVs [studies]"
-        )
+        parser.add_argument("--out", type=nonempty, default=str(HERE),
+                            help="folder of the CSVs [studies]")
         parser.add_argument("--extra", type=nonempty, help="settings added to each command")
         args = parser.parse_args(arguments and [str(a) for a in arguments])
         known = {claim for claims, *_ in RUNS for claim in claims.split()}
         if not set(args.claims) <= known:
-            raise UserError(
-                f"{' '.join(args.claims)}: expected claims of {', '.join(sorted(known))}"
-            )
+            raise UserError(f"{' '.join(args.claims)}: expected claims of "
+                            f"{', '.join(sorted(known))}")
         if not 1 <= args.seeds <= 1000:
             raise UserError(f"--seeds {args.seeds}: must be from 1 to 1000")
-        check_folder(Path(args.out))
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        for claims, run, line in RUNS:
-            for seed in range(args.seeds):
-                if set(claims.split()) & set(args.claims) and not done(
-                    Path(args.out), run, line, seed
-                ):
+        out = Path(args.out)
+        check_folder(out)
+        out.mkdir(parents=True, exist_ok=True)
+        for claims, run, line, *fixed in RUNS:
+            for seed in fixed[0] if fixed else range(args.seeds):
+                if set(claims.split()) & set(args.claims) and not done(out, run, line, seed):
                     try:
-                        execute(Path(args.out), run, line, seed, shlex.split(args.extra or ""))
+                        execute(out, run, line, seed, shlex.split(args.extra or ""))
                     except subprocess.CalledProcessError as error:
-                        raise UserError(
-                            f"{line}: failed with exit code {error.returncode}"
-                        ) from error
+                        raise UserError(f"{line}: failed with exit code "
+                                        f"{error.returncode}") from error
         return 0
 
     return command("claims", call)
