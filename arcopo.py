@@ -28,7 +28,6 @@ Shapes: P prompts, T steps, L chunks, G branches, B anchors, N rows of a batch. 
 shape [N, *chunk_shape] = [N, frames, 3, height, width].
 """
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -37,20 +36,20 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from reward import (ASSETS, CHUNKS, CHUNK_FRAMES, COLOURS, HELD_OUT_PROMPTS, JUDGED, MOTIONS,
-                    SHAPES, SIZE, TRAIN_PROMPTS, UserError, WeightedReward, attributes,
+                    RANK, SHAPES, SIZE, TRAIN_PROMPTS, UserError, WeightedReward, attributes,
                     check_folder, check_options, check_tensors, choose_device, command,
                     deferred_interrupt, device_name, evaluate, load_checkpoint, load_reward,
-                    one_line, open_run, option, parse_options, parse_rewards, parse_sweep,
+                    one_line, open_run, option, parse_options, parse_rewards, parse_sweep, progress,
                     read_prompts, read_weights, run_folder, save_checkpoint, save_gif, write_report,
                     write_rows, write_weights, write_whole)
 
@@ -58,27 +57,14 @@ from reward import (ASSETS, CHUNKS, CHUNK_FRAMES, COLOURS, HELD_OUT_PROMPTS, JUD
 # ------------------------------------------------------------------ settings
 
 METHODS = ("on-policy", "semi", "off-policy")
-SECTIONS = {"steps": "run", "group": "AR-CoPO", "buffer_groups": "semi-on-policy and merging",
+SECTIONS = {"steps": "training", "buffer_groups": "semi-on-policy and merging", "method": "run",
             "reward": "reward and evaluation"}               # the first setting of each section
 
 
 @dataclass
-class Settings:
-    """Every setting: default, meaning, allowed values, the paper's value. Raises UserError."""
-    steps: int = option(100, "iterations of each training", "[1, 1e6]", "100")
-    method: str = option("", "train one adapter instead of the whole recipe", " | ".join(METHODS))
-    sample: str = option("", "stream one clip of this prompt to --out (a .gif) instead")
-    out: str = option("", "run folder [runs/ and the time]; with --sample the GIF [clip.gif]")
-    resume: str = option("", "resume the run in this folder, with its settings")
-    save_every: int = option(20, "iterations between checkpoints", "[1, 1e6]")
-    adapter: str = option("", "with --sample: the folder of the adapter to apply")
-    base: str = option("", "weights of the base generator [assets/base.safetensors]")
-    timesteps: str = option("", "sampler times from 1 down, such as 1,0.5,0.25,0.1 [of the base]")
-    seed: int = option(0, "seed of everything random", "[0, 9e18]")
-    device: str = option("auto", "cpu, cuda, cuda:1 ...; auto is cuda if there is one")
-    precision: str = option("fp32", "or bf16: autocast, whose rounding exceeds ε of the clip",
-                            "fp32 | bf16")
-
+class Training:
+    """Settings of one training: default, meaning, allowed values, the paper's value."""
+    steps: int = option(100, "iterations", "[1, 1e6]", "100")
     group: int = option(12, "branches G of a fork", "[2, 1024]", "12")
     sigma: float = option(0.5, "radius σ of the neighbours in noise (Eq. 1)", "(0, 1]", "0.5")
     anchors: int = option(4, "anchors B of the G candidates (symmetric sampling)", "[1, 1024]", "4")
@@ -92,15 +78,32 @@ class Settings:
     lr: float = option(1e-4, "learning rate of AdamW", "(0, 1e6]", "1e-5")
     rank: int = option(16, "rank r of the LoRA adapter", "[1, 4096]", "64")
     alpha: float = option(32.0, "α of the LoRA adapter, scaled by α/r", "(0, 1e6]", "128")
-    targets: str = option(".*", "regular expression of the linear layers that get LoRA")
+    targets: str = option(".*", "regular expression of the linear layers that get LoRA", "regex")
     micro: int = option(0, "rows of a batch in fork and update, at most; 0: no limit", "[0, 1e6]")
-    prompts_file: str = option("", "training prompts, one per line [those of the world]")
 
+
+@dataclass
+class Settings(Training):
+    """Every setting of the command line. Raises UserError."""
     buffer_groups: int = option(100, "rollout groups in the buffer", "[1, 1e5]", "100")
     buffer: str = option("", "buffer.safetensors of an earlier run instead of collecting one")
     buffer_lr: float = option(4e-4, "learning rate of AdamW with the buffer", "(0, 1e6]", "1e-5")
     buffer_reward: str = option("ta=1", "rewards that the buffer has", paper="text alignment")
     sweep: str = option("0.4,0.6,0.8,1", "strengths s of the on-policy adapter", paper="0.4 to 1")
+
+    method: str = option("", "train one adapter instead of the whole recipe", " | ".join(METHODS))
+    sample: str = option("", "stream one clip of this prompt to --out (a .gif) instead")
+    adapter: str = option("", "with --sample: the folder of the adapter to apply")
+    out: str = option("", "run folder [runs/ and the time]; with --sample the GIF [clip.gif]")
+    resume: str = option("", "resume the run in this folder, with its settings")
+    save_every: int = option(20, "iterations between checkpoints", "[1, 1e6]")
+    base: str = option("", "weights of the base generator [assets/base.safetensors]")
+    timesteps: str = option("", "sampler times from 1 down, such as 1,0.5,0.25,0.1 [of the base]")
+    prompts_file: str = option("", "training prompts, one per line [those of the world]")
+    seed: int = option(0, "seed of everything random", "[0, 9e18]")
+    device: str = option("auto", "cpu, cuda, cuda:1 ...; auto is cuda if there is one")
+    precision: str = option("fp32", "or bf16: autocast, whose rounding exceeds ε of the clip",
+                            "fp32 | bf16")
 
     reward: str = option("ta=1,vq=1,mq=1", "weights of ta, vq, mq (text alignment, visual, motion "
                          "quality), hps, aesthetic, module:function", paper="VideoAlign's, 1 each")
@@ -111,24 +114,21 @@ class Settings:
 
     def __post_init__(self):
         check_options(self)
-        if self.adapter and not self.sample:
-            raise UserError(f"--adapter {self.adapter}: use it with --sample")
-        if self.sample and self.method:
-            raise UserError("--sample and --method: give one of them")
-        if self.buffer and (self.sample or self.method == "on-policy"):
-            raise UserError(f"--buffer {self.buffer}: not used here; give it with the recipe, semi "
-                            "or off-policy")
-        if self.resume and any(getattr(self, f.name) != f.default for f in dataclasses.fields(self)
-                               if f.name != "resume"):
-            raise UserError(f"--resume {self.resume}: its settings are from the run; give no other")
-        try:
-            re.compile(self.targets)
-        except re.error as error:
-            raise UserError(f"--targets {self.targets}: {error}") from error
-        if self.anchors > self.group:
-            raise UserError(f"--anchors {self.anchors}: must be at most --group ({self.group})")
-        if 0 < self.micro < self.prompts:
-            raise UserError(f"--micro {self.micro}: must be at least --prompts ({self.prompts})")
+        changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        for wrong, message in (
+                (self.adapter and not self.sample, f"--adapter {self.adapter}: use it with "
+                 "--sample"),
+                (self.sample and self.method, "--sample and --method: give one of them"),
+                (self.buffer and (self.sample or self.method == "on-policy"), f"--buffer "
+                 f"{self.buffer}: not used here; give it with the recipe, semi or off-policy"),
+                (self.resume and changed != {"resume"}, f"--resume {self.resume}: its settings are "
+                 "from the run; give no other"),
+                (self.anchors > self.group, f"--anchors {self.anchors}: must be at most --group "
+                 f"({self.group})"),
+                (0 < self.micro < self.prompts, f"--micro {self.micro}: must be at least --prompts "
+                 f"({self.prompts})")):
+            if wrong:
+                raise UserError(message)
 
 
 def seeded(seed: int, *stream: str | int) -> torch.Generator:
@@ -264,7 +264,7 @@ class Generator(nn.Module):
         N, side = len(x), SIZE // PATCH
         p = context.kv.shape[4] // self.tokens                          # which chunk x is
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(N)
+            t = t if isinstance(t, Tensor) else x.new_full((N,), t, dtype=torch.float32)
             frequency = torch.exp(-math.log(1e4) / 128 * torch.arange(128, device=x.device))
             angle = 1000 * t[:, None] * frequency
             condition = self.time(torch.cat([angle.cos(), angle.sin()], -1)) + context.words
@@ -529,7 +529,6 @@ class Adapter:
     def save(self, folder: str | Path, record: dict) -> None:
         """In peft's format; our record (base, times, step ...) is in the safetensors header."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"{PEFT}{name}.lora_{x}.weight": z for name, pair in self.weights.items()
                    for x, z in zip("AB", pair)}
         write_weights(folder / "adapter_model.safetensors", tensors,
@@ -570,7 +569,7 @@ def replay(model: Generator, branches: Fork, steps: Tensor, anchors: Tensor) -> 
     x_t = branches.states[:, steps, anchors]
     P, K = x_t.shape[:2]
     x_t = x_t.flatten(0, 1)
-    times = torch.tensor((*model.timesteps, 0.0), device=x_t.device)
+    times = torch.stack([x_t.new_full((), t) for t in (*model.timesteps, 0.0)])     # no copy to GPU
     t, s = times[steps].repeat(P), times[steps + 1].repeat(P)
     x0 = model.predict(x_t, t, branches.context.repeat(K)).float()
     column = lambda z: z.view(-1, *[1] * (x_t.ndim - 1))
@@ -578,25 +577,10 @@ def replay(model: Generator, branches: Fork, steps: Tensor, anchors: Tensor) -> 
 
 
 @dataclass
-class Method:
+class Method(Training):
     """One training. On-policy AR-CoPO (Sec. 3.2); semi-on-policy: buffered; off-policy: buffered,
-    clip inf. A subclass can explore in another way, or define another policy."""
-    group: int              # G
-    sigma: float            # σ of Eq. 1
-    anchors: int            # B
-    updates: int            # per iteration
-    prompts: int            # P
-    clip_range: float       # ε of Eq. 3
-    tau: float              # τ of Eq. 5, for a mean over elements
-    quasi_norm: float
-    floor: float
-    steps: int              # iterations
-    lr: float               # of AdamW
-    rank: int               # of the adapter
-    alpha: float
-    targets: str            # its layers
-    micro: int              # rows of a batch, at most; 0: no limit
-    buffered: bool = False  # groups from the fixed buffer, π_old is the reference (Sec. 3.3)
+    clip_range inf. A subclass can explore in another way, or define another policy."""
+    buffered: bool = False      # groups from the fixed buffer, π_old is the reference (Sec. 3.3)
 
     def branch_noise(self, noise: Noise, pivot: int,
                      generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -620,17 +604,25 @@ class Method:
         return surrogate_log_policy(candidates, replayed.flatten(2), self.tau)
 
 
+def averaged(x: Tensor) -> Tensor:
+    """The mean over the processes of torchrun, in place; x itself in a single process."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
 def update(model: Generator, adapter: Adapter, branches: Fork, rewards: Tensor, method: Method,
            optimizer: torch.optim.Optimizer, updates: int, generator: torch.Generator) -> dict:
     """Algorithm 1, lines 7 to 9: `updates` steps of ascent on J, on the pivot chunk only.
 
-    rewards [P, G] -> ratio_first (mean ρ at the first update; 1 on-policy), clip_fraction (share of
-    terms without gradient because of the clip, at the last update), grad_norm (mean), skipped
-    (updates that were not finite). J is a mean over pairs, so its gradient is summed over slices of
-    method.micro rows.
+    rewards [P, G] -> tensors ratio_first (mean ρ at the first update; 1 on-policy), clip_fraction
+    (share of terms without gradient because of the clip, at the last update), grad_norm (mean),
+    skipped (updates that were not finite). J is a mean over pairs, so its gradient is summed over
+    slices of method.micro rows, and averaged over processes, which have other groups.
     """
     advantages = group_advantages(rewards, method.quasi_norm or None, method.floor)[:, None]
-    pairs = method.replayed(len(model.timesteps), generator)
+    pairs = method.replayed(len(model.timesteps), generator).to(model.device)
     slices = pairs.split(max(1, method.micro // len(rewards)) if method.micro else len(pairs))
     norms, ratios, skipped, old = [], [], 0, []
     if method.buffered:
@@ -651,15 +643,15 @@ def update(model: Generator, adapter: Adapter, branches: Fork, rewards: Tensor, 
                 log_ratios.append(log_ratio.detach())
                 J = J + term.detach()
         ratios.append(torch.cat(log_ratios, 1).exp())
-        gradients = [p.grad for p in adapter.parameters() if p.grad is not None]
+        gradients = [averaged(p.grad) for p in adapter.parameters() if p.grad is not None]
         norms.append(nn.utils.get_total_norm(gradients))
-        if torch.isfinite(J) and torch.isfinite(norms[-1]):
+        if torch.isfinite(averaged(J) + norms[-1]):
             optimizer.step()
         else:
             skipped += 1
-    clipped = ((ratios[-1] - 1) * advantages.sign() > method.clip_range).float().mean()
-    return {"ratio_first": ratios[0].mean().item(), "clip_fraction": clipped.item(),
-            "grad_norm": torch.stack(norms).mean().item(), "skipped": skipped}
+    clipped = ((ratios[-1] - 1) * advantages.sign() > method.clip_range).float()
+    return {"ratio_first": ratios[0].mean(), "clip_fraction": clipped.mean(),
+            "grad_norm": torch.stack(norms).mean(), "skipped": rewards.new_tensor(skipped)}
 
 
 # ------------------------------------------------------------------ groups
@@ -689,7 +681,7 @@ again: {"prompt": str, "reward": [G] and, in half precision, "prefix": [pivot, *
 def collect_buffer(model: Generator, method: Method, prompts: list[str], reward: Callable,
                    size: int, seed: int) -> Buffer:
     """`size` groups of the reference policy (no adapter may be on), in CPU memory."""
-    buffer, bar = [], tqdm(total=size, desc="buffer", unit="group")
+    buffer, bar = [], progress(total=size, desc="buffer", unit="group")
     while len(buffer) < size:
         P = min(method.prompts, size - len(buffer))
         branches, scores = explore(model, method, prompts, reward, P,
@@ -762,26 +754,25 @@ def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer
     pivot (from 1), means of the reward and its components, not_finite (rewards left out), deviation
     (of the reward inside a group), flat_groups (share below the floor), what update returns,
     seconds. On-policy, one batch of groups serves all updates (Algorithm 1); from the buffer each
-    update draws its own, and the row has their means.
+    update draws its own, and the row has their means. Means are over processes too.
     """
-    began, rows = time.perf_counter(), []
+    began, rows, pivots = time.perf_counter(), [], []
     draws, updates = (method.updates, 1) if method.buffered else (1, method.updates)
     for _ in range(draws):
         with nullcontext() if method.buffered else adapter.on(model):
             branches, scores = groups(generator)
         scores = {name: x.where(x.isfinite(), math.nan) for name, x in scores.items()}
-        deviation = scores["reward"] - scores["reward"].nanmean(1, keepdim=True)
-        deviation = deviation.square().nanmean(1).sqrt()
-        row = {"pivot": branches.prefix.shape[1] + 1}
-        row |= {name: x.nanmean().item() for name, x in scores.items()}
-        row |= {"not_finite": scores["reward"].isnan().sum().item(),
-                "deviation": deviation.nanmean().item(),
-                "flat_groups": (~(deviation >= method.floor)).float().mean().item()}
-        rows.append(row | update(model, adapter, branches, scores["reward"], method, optimizer,
-                                 updates, generator))
-    row = {name: sum(row[name] for row in rows) / draws for name in rows[0]}
-    row |= {"pivot": " ".join(str(row["pivot"]) for row in rows)}
-    row |= {name: sum(row[name] for row in rows) for name in ("skipped", "not_finite")}
+        reward = scores["reward"]
+        deviation = (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
+        row = {name: x.nanmean() for name, x in scores.items()}
+        row |= {"not_finite": reward.isnan().float().sum(), "deviation": deviation.nanmean(),
+                "flat_groups": (~(deviation >= method.floor)).float().mean()}
+        rows.append(row | update(model, adapter, branches, reward, method, optimizer, updates,
+                                 generator))
+        pivots.append(str(branches.prefix.shape[1] + 1))
+    values = averaged(torch.stack([torch.stack(list(row.values())) for row in rows]).mean(0))
+    row = {"pivot": " ".join(pivots)} | dict(zip(rows[0], values.tolist()))
+    row |= {name: row[name] * draws for name in ("skipped", "not_finite")}          # not means
     return row | {"seconds": time.perf_counter() - began}
 
 
@@ -800,11 +791,13 @@ def align(name: str, model: Generator, method: Method, groups: Callable, judge_m
     file = folder / f"{name}.checkpoint.safetensors"
     state = load_checkpoint(file, adapter.parameters(), optimizer) or {"rows": [], "curve": []}
     rows, curve = state["rows"], state["curve"]             # the curve has a point at step 0
-    bar = tqdm(range(len(rows) + bool(curve), method.steps + 1), name, unit="it")
+    bar = progress(range(len(rows) + bool(curve), method.steps + 1), name, unit="it")
     with deferred_interrupt() as interrupted:
         for step in bar:
             if step > 0:
-                row = iterate(model, adapter, optimizer, method, groups, seeded(seed, kind, step))
+                own = (RANK,) if RANK else ()               # other groups in each process
+                row = iterate(model, adapter, optimizer, method, groups,
+                              seeded(seed, kind, step, *own))
                 rows.append({"step": step} | row)
                 write_rows(folder / f"{name}.csv", rows)
                 recent = [row["reward"] for row in rows[-10:]]
@@ -880,7 +873,7 @@ def compare(model: Generator, reward: Callable, adapters: dict[str, Adapter], sw
         strengths = {f"s = {s:g}": s for s in sweep}
         merged = {name: merge_adapters((semi, 1.0), (on, s)) for name, s in strengths.items()}
         models = {"base": None, "semi": semi} | merged | {"on-policy": on}
-    for name, adapter in tqdm(models.items(), desc="judging", unit="model"):
+    for name, adapter in progress(models.items(), desc="judging", unit="model"):
         with adapter.on(model) if adapter else nullcontext():
             clips[name], results[name] = held_out(model, reward, samples, seed, "judging")
     both = {name: (scores["reward"].mean().item(), scores["judge"].mean().item())
@@ -908,7 +901,7 @@ def load(settings: Settings) -> tuple[Generator, WeightedReward, WeightedReward]
 
 
 def methods(settings: Settings) -> dict[str, Method]:
-    plain = {f.name: getattr(settings, f.name) for f in dataclasses.fields(Method)[:-1]}
+    plain = {f.name: getattr(settings, f.name) for f in fields(Training)}
     buffered = plain | {"lr": settings.buffer_lr, "buffered": True}
     return {"on-policy": Method(**plain),                                           # Sec. 3.2
             "semi": Method(**buffered),                                             # Sec. 3.3
@@ -923,6 +916,9 @@ def run(settings: Settings, own: dict[str, Method] | None = None,
     wrap: from the reward to the one that on-policy training uses; reports use the former.
     """
     began, (settings, folder) = time.perf_counter(), open_run(settings)
+    device = choose_device(settings.device)
+    if dist.is_torchelastic_launched() and not dist.is_initialized():           # by torchrun
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     names = [settings.method] if settings.method else ["on-policy", "semi"]
     trainings = own or {name: methods(settings)[name] for name in names}
     sweep, prompts = parse_sweep(settings.sweep), TRAIN_PROMPTS
@@ -985,13 +981,12 @@ def stream(settings: Settings) -> int:
     with Adapter.load(settings.adapter, model).on(model) if settings.adapter else nullcontext():
         context, chunks = model.begin([settings.sample]), []
         noise = draw_noise(model, 1, seeded(settings.seed, "sampling"))
-        for p in tqdm(range(model.chunks), desc="streaming", unit="chunk"):
+        for p in progress(range(model.chunks), desc="streaming", unit="chunk"):
             new, context = rollout(model, context, noise, p, p + 1)
             chunks.append(new)
     clip = model.decode(torch.cat(chunks, 1))
     if not clip.isfinite().all():
         raise UserError("--sample: the clip is not finite; the adapter or base is broken")
-    file.parent.mkdir(parents=True, exist_ok=True)
     save_gif({"": clip[None]}, file, scale=8)
     print(f"wrote {file}")
     return 0

@@ -21,6 +21,7 @@ import logging
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -38,8 +39,12 @@ from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
+from torch.distributed import is_torchelastic_launched
+from tqdm import tqdm
 
 ASSETS = Path(__file__).resolve().parent / "assets"
+RANK = int(os.environ["RANK"]) if is_torchelastic_launched() else 0     # only rank 0 writes
+progress = functools.partial(tqdm, disable=RANK > 0)
 
 
 # ------------------------------------------------------------------ options
@@ -50,6 +55,16 @@ class UserError(Exception):
 
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:600] or type(error).__name__
+
+
+@contextmanager
+def user_error(what: str):
+    """Inside, what a foreign file or value can raise becomes a UserError: `what` (the error)."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError,
+            ValueError, re.error) as error:
+        raise UserError(f"{what} ({one_line(error)})") from error
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,8 +86,8 @@ def nonempty(value: str) -> str:
 
 
 def option(default, text: str, valid: str = "", paper: str = ""):
-    """A setting, as the field of a dataclass. valid: an interval such as (0, 1], or the allowed
-    words, as "a | b"; paper: the paper's value."""
+    """A setting, as the field of a dataclass. valid: an interval such as (0, 1], the allowed
+    words, as "a | b", or "regex"; paper: the paper's value."""
     return field(default=default, metadata={"text": text, "valid": valid, "paper": paper})
 
 
@@ -91,6 +106,9 @@ def check_options(settings) -> None:
             ends = [end for end, closed in ((low, "[" in valid), (high, "]" in valid)) if closed]
             if not (low < value < high or value in ends):
                 raise UserError(f"{flag(f.name)} {value}: must be in {valid}")
+        elif valid == "regex":
+            with user_error(f"{flag(f.name)} {value}: not a regular expression"):
+                re.compile(value)
         elif valid and value not in ("", *valid.split(" | ")):
             raise UserError(f"{flag(f.name)} {value}: must be one of {valid}")
 
@@ -113,7 +131,9 @@ def parse_options(cls: type, sections: dict[str, str], arguments: list | None, d
 
 
 def choose_device(name: str) -> str:
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if name == "auto":
+        local = os.environ.get("LOCAL_RANK")        # set by torchrun
+        name = ("cuda" + (f":{local}" if local else "")) if torch.cuda.is_available() else "cpu"
     try:
         if torch.device(name).type not in ("cpu", "cuda"):
             raise RuntimeError("neither cpu nor cuda")
@@ -159,14 +179,20 @@ def check_folder(folder: Path, new: bool = False) -> None:
         raise UserError(f"--out {folder}: is not empty; name a new folder")
 
 
-def write_whole(file: Path, data: bytes | str) -> None:
-    """Write all or nothing: whoever reads finds the old file or the new one. Raises UserError."""
+def write_whole(file: Path, data: bytes | str, previous: str = "") -> None:
+    """Write all or nothing: whoever reads finds the old file or the new one. previous: the name
+    under which the old one is kept. Of several processes rank 0 writes. Raises UserError."""
+    if RANK > 0:
+        return
     part = Path(f"{file}.part")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as f:
             f.write(data.encode() if isinstance(data, str) else data)
             f.flush()
             os.fsync(f.fileno())
+        if previous and file.exists():
+            os.replace(file, file.with_name(previous))
         os.replace(part, file)
     except OSError as error:
         part.unlink(missing_ok=True)
@@ -181,12 +207,12 @@ def checksum(tensors: dict[str, Tensor], record: dict) -> str:
     return digest.hexdigest()
 
 
-def write_weights(file: Path, tensors: dict[str, Tensor], record: dict) -> None:
+def write_weights(file: Path, tensors: dict[str, Tensor], record: dict, previous: str = "") -> None:
     """A safetensors file with a record (anything JSON holds) and a checksum of both. One key of
     metadata: safetensors orders several at random."""
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     about = {"record": record, "checksum": checksum(tensors, record)}
-    write_whole(file, save(tensors, {"arcopo": json.dumps(about)}))
+    write_whole(file, save(tensors, {"arcopo": json.dumps(about)}), previous)
 
 
 def read_weights(file: str | Path, option: str) -> tuple[dict[str, Tensor], dict]:
@@ -261,9 +287,7 @@ def save_checkpoint(file: Path, parameters: list[Tensor], optimizer: torch.optim
     tensors = {f"parameter.{i}": p for i, p in enumerate(parameters)}
     for i, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"{name}.{i}": x for name, x in moments.items()}
-    if file.exists():
-        os.replace(file, f"{file}.previous")
-    write_weights(file, tensors, {"state": state})
+    write_weights(file, tensors, {"state": state}, f"{file.name}.previous")
 
 
 def load_checkpoint(file: Path, parameters: list[Tensor],
@@ -296,7 +320,7 @@ def open_run(settings):
     Raises UserError."""
     folder = Path(settings.resume or settings.out or time.strftime("runs/%Y%m%d-%H%M%S"))
     if not settings.resume:
-        check_folder(folder, new=True)
+        check_folder(folder, new=RANK == 0)
         return settings, folder
     try:
         saved = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
@@ -318,6 +342,9 @@ def run_folder(folder: Path, settings, about: dict):
     settings, `about` (with the "base"), code, machine and command. Raises UserError."""
     import fcntl
 
+    if RANK > 0:
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "settings.json"
     with open(folder / ".lock", "w") as lock:       # until it is closed or the process ends
@@ -872,13 +899,14 @@ def write_report(folder: Path, columns: list[str], chosen: str, clips: dict[str,
 
     clips and results (what evaluate returns) of the base and the trained models, by name; clips
     are those of HELD_OUT_PROMPTS, the same number of each."""
-    rows, base = [["model", *columns, "Δ reward", "Δ judge"]], results["base"]
+    rows, base, table = [["model", *columns, "Δ reward", "Δ judge"]], results["base"], []
     for name, scores in results.items():
         means = {column: scores[column].mean().item() for column in columns}
-        append_row(folder / "judged.csv", {"model": name} | means)
+        table.append({"model": name} | means)
         change = [scores[c] - base[c] for c in ("reward", "judge")]
         rows.append([name + " *" * (name == chosen), *(f"{mean:.3f}" for mean in means.values()),
                      *(f"{d.mean():+.3f} ± {d.std() / len(d) ** 0.5:.3f}" for d in change)])
+    write_rows(folder / "judged.csv", table)
     shown = [name for name in results if name == chosen or not name.startswith("s = ")]
     samples = len(clips["base"]) // len(HELD_OUT_PROMPTS)
     prompts = zip(HELD_OUT_PROMPTS[::6], HELD_OUT_PROMPTS[3::6])
@@ -893,7 +921,8 @@ def write_report(folder: Path, columns: list[str], chosen: str, clips: dict[str,
               f"models.gif: {', '.join(shown)}; prompts by row:",
               "\n".join(f"- {left}; {right}" for left, right in prompts), duration]
     report = "\n\n".join(parts) + "\n"
-    (folder / "report.md").write_text(report, encoding="utf-8")
-    print(f"\n{report}Run folder: {folder}")
+    write_whole(folder / "report.md", report)
+    if RANK == 0:
+        print(f"\n{report}Run folder: {folder}")
     save_gif({name: clips[name][:: 3 * samples].unflatten(0, (4, 2)) for name in shown},
              folder / "models.gif")
