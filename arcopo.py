@@ -6,37 +6,36 @@
 
 He et al., AR-CoPO: Align Autoregressive Video Generation with Contrastive Policy Optimization,
 arXiv 2603.17461 ("the paper"), built on He et al., Neighbor GRPO, arXiv 2511.16955. The generator
-is a miniature of Self-Forcing's, arXiv 2506.08009. Comments that start with "Departure" mark
-where this file differs from the paper; --help shows the paper's value of each setting.
+is a miniature of the one in Self-Forcing, arXiv 2506.08009. The word "Departure" marks each place
+where this file differs from the paper; --help shows the paper's value of a setting.
 
 Symbol          in the paper      here
 L, p            Sec. 3.2          model.chunks; pivot, counted from 0 (from 1 in all output)
-T, t            Sec. 3.2          model.timesteps, one of them; s: the next (0 after the last)
+T, t            Sec. 3.2          model.timesteps, and one of them; t_next: 0 after the last
 F_θ(x_t, h, t)  Eq. 4             model.predict(x_t, t, context)
 h_{p-1}         Alg. 1            Context
 ε*, ε⁽ⁱ⁾, σ, G  Eq. 1             noise.initial, neighbor_noise, sigma, group
 x_t⁽ⁱ⁾, x̂₀⁽ⁱ⁾   Eq. 2, 4          Fork.states, Fork.candidates
 x̂₀^(θ), B       Eq. 4, Sec. 3.1   replay, anchors
-d⁽ⁱ⁾, τ, π_θ(i) Eq. 2, 5          surrogate_log_policy, tau
+d⁽ⁱ⁾, τ, π_θ(i) Eq. 2, 5          surrogate_log_policy, tau (τ₀)
 r⁽ⁱ⁾, A⁽ⁱ⁾      Eq. 3             reward, group_advantages
 ρ⁽ⁱ⁾, ε (clip)  Eq. 3             exp(log_ratio), clip_range
 J(θ)            Eq. 3             clipped_objective
 the buffer      Sec. 3.3          collect_buffer, draw_from
 Δ, s            Sec. 3.3, 4.4     Adapter, merge_adapters, choose_strength
 
-Shapes: P prompts, T steps, L chunks, G branches, B anchors, N rows of a batch. A chunk x_t has
-shape [N, *chunk_shape] = [N, frames, 3, height, width].
+Shapes: P prompts, T steps, L chunks, G branches, B anchors, K pairs of a step and an anchor, N rows
+of a batch, D elements of a chunk x_t [N, *chunk_shape], here [N, frames, 3, height, width].
 """
 
-import hashlib
-import json
 import math
 import re
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,13 +44,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reward import (ASSETS, CHUNKS, CHUNK_FRAMES, COLOURS, HELD_OUT_PROMPTS, JUDGED, MOTIONS,
-                    RANK, SHAPES, SIZE, TRAIN_PROMPTS, UserError, WeightedReward, attributes,
-                    check_folder, check_options, check_tensors, choose_device, command,
-                    deferred_interrupt, device_name, evaluate, load_checkpoint, load_reward,
-                    one_line, open_run, option, parse_options, parse_rewards, parse_sweep, progress,
-                    read_prompts, read_weights, run_folder, save_checkpoint, save_gif, write_report,
-                    write_rows, write_weights, write_whole)
+from reward import (ASSETS, CHUNKS, CHUNK_FRAMES, COLOURS, HELD_OUT_PROMPTS, JUDGED, MOTIONS, RANK,
+                    SHAPES, SIZE, TRAIN_PROMPTS, TrainingLog, UserError, WeightedReward, attributes,
+                    check_gif, check_options, choose_device, command, deferred_interrupt,
+                    device_name, evaluate, load_buffer, load_reward, open_run, option,
+                    parse_options, parse_rewards, parse_sweep, parse_times, progress, read_adapter,
+                    read_model, read_prompts, report_not_finite, reward_metrics, run_folder,
+                    save_buffer, save_gif, seeded, write_adapter, write_report)
 
 
 # ------------------------------------------------------------------ settings
@@ -71,10 +70,11 @@ class Training:
     updates: int = option(2, "policy updates per iteration", "[1, 100]", "2")
     prompts: int = option(4, "prompts P per iteration", "[1, 1000]", "1 on each of 24 GPUs")
     clip_range: float = option(1e-4, "ε of the ratio clip (Eq. 3); inf: none", "(0, inf]", "1e-4")
-    tau: float = option(0.03, "temperature τ₀ per element of a chunk (Eq. 5)", "(0, 1e6]")
+    tau: float = option(0.03, "temperature τ₀ of squared distances averaged over a chunk's D "
+                        "elements (Eq. 5); the paper's sum needs D τ₀", "(0, 1e6]")
     quasi_norm: float = option(0.0, "p of the quasi-norm of the advantages; 0: standard deviation",
                                "[0, 2]", "0.8 in Neighbor GRPO")
-    floor: float = option(0.02, "lower bound of σ_r (Eq. 3)", "(0, 1e6]")
+    floor: float = option(0.02, "lower bound of σ_r (Eq. 3), in the reward's unit", "(0, 1e6]")
     lr: float = option(1e-4, "learning rate of AdamW", "(0, 1e6]", "1e-5")
     rank: int = option(16, "rank r of the LoRA adapter", "[1, 4096]", "64")
     alpha: float = option(32.0, "α of the LoRA adapter, scaled by α/r", "(0, 1e6]", "128")
@@ -88,7 +88,7 @@ class Settings(Training):
     buffer_groups: int = option(100, "rollout groups in the buffer", "[1, 1e5]", "100")
     buffer: str = option("", "buffer.safetensors of an earlier run instead of collecting one")
     buffer_lr: float = option(4e-4, "learning rate of AdamW with the buffer", "(0, 1e6]", "1e-5")
-    buffer_reward: str = option("ta=1", "rewards that the buffer has", paper="text alignment")
+    buffer_reward: str = option("ta=1", "rewards of the buffer, as --reward", paper="TA")
     sweep: str = option("0.4,0.6,0.8,1", "strengths s of the on-policy adapter", paper="0.4 to 1")
 
     method: str = option("", "train one adapter instead of the whole recipe", " | ".join(METHODS))
@@ -102,7 +102,7 @@ class Settings(Training):
     prompts_file: str = option("", "training prompts, one per line [those of the world]")
     seed: int = option(0, "seed of everything random", "[0, 9e18]")
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto is cuda if there is one")
-    precision: str = option("fp32", "or bf16: autocast, whose rounding exceeds ε of the clip",
+    precision: str = option("fp32", "or bf16: autocast, which rounds more coarsely than ε",
                             "fp32 | bf16")
 
     reward: str = option("ta=1,vq=1,mq=1", "weights of ta, vq, mq (text alignment, visual, motion "
@@ -131,19 +131,6 @@ class Settings(Training):
                 raise UserError(message)
 
 
-def seeded(seed: int, *stream: str | int) -> torch.Generator:
-    """A random generator for (seed, *stream), on the CPU: the same noise on every device.
-
-    A hash of them fills the state of the Mersenne Twister: manual_seed would keep 32 bits.
-    """
-    generator = torch.Generator()
-    state = generator.get_state()
-    words = hashlib.shake_256(repr((seed, *stream)).encode()).digest(4 * 624)
-    words = torch.frombuffer(bytearray(words), dtype=torch.uint32).long().view(torch.uint8)
-    state[24 : 24 + len(words)] = words             # after the seed and two counters
-    return generator.set_state(state)
-
-
 # ------------------------------------------------------------------ generator
 
 PATCH = 8
@@ -152,7 +139,7 @@ TIMESTEPS = (1.0, 0.1, 0.05, 0.02)      # Departure: lower than the times of dis
 
 
 class Context(NamedTuple):
-    """h_p: all that is fixed before the next chunk. A value: extending it returns a new one."""
+    """h_{p-1}: all that is fixed before chunk p. Immutable: extend returns a new one."""
     words: Tensor           # [N, width]                                  the prompt
     kv: Tensor              # [N, layers, 2, heads, tokens, head width]   finished chunks
 
@@ -190,7 +177,7 @@ class Block(nn.Module):
 
 
 class Generator(nn.Module):
-    """A chunk-causal video transformer. The method uses only this contract, of any torch module:
+    """A chunk-causal video transformer. The method needs only this contract, of any torch module:
 
     begin(prompts)           -> Context   the context before the first chunk, N rows
     predict(x_t, t, context) -> x̂₀        F_θ: the clean chunk, like x_t [N, *chunk_shape]
@@ -203,11 +190,12 @@ class Generator(nn.Module):
     device                                where its tensors are
 
     x_t = (1 - t) x₀ + t ε, so t = 1 is pure noise: a scheduler's shift is in `timesteps` already.
-    t is a float or float32 [N]. x_t is float32, prediction of any dtype: it is cast to float32.
-    No guidance: one predict is the policy. predict has no side effect, extend changes neither of
-    its arguments, both give the same for a row whatever the other rows are. A Context can be any
+    t is a float or float32 [N]. x_t is float32; a prediction of any dtype is cast to float32.
+    No guidance: the policy is one call of predict. predict has no side effect, extend changes
+    neither argument, and a row's result does not depend on the other rows. A Context can be any
     object with repeat(times): row n * times + b is row n again. Nothing writes to a Context, so
-    copies may share memory. An Adapter applies to the nn.Linear layers of the module.
+    copies may share memory. An Adapter applies to the nn.Linear layers of the module. To save and
+    load adapters and buffers it also has a `fingerprint`, a hash of its weights.
     """
 
     chunk_shape, chunks, fingerprint = (CHUNK_FRAMES, 3, SIZE, SIZE), CHUNKS, ""
@@ -283,33 +271,11 @@ class Generator(nn.Module):
         return (y + self.smooth(y)).view(x.shape), kv
 
 
-def parse_times(times) -> tuple[float, ...]:
-    """Sampler times that fall from 1 toward 0. Raises ValueError."""
-    times = tuple(float(t) for t in times)
-    if times[:1] != (1,) or not all(t > s for t, s in zip(times, (*times[1:], 0))):
-        raise ValueError(f"timesteps {times} do not fall from 1 toward 0")
-    return times
-
-
 def load_generator(file: str | Path = "", device: str | torch.device = "cpu", bf16: bool = False,
                    timesteps: str = "") -> Generator:
     """A frozen base, sampled at its own timesteps or at others. Raises UserError."""
-    tensors, record = read_weights(file or ASSETS / "base.safetensors", "--base")
-    try:
-        shape = [record["generator"][name] for name in ("width", "layers", "heads")]
-        if not all(type(n) is int and 0 < n <= 4096 for n in shape):
-            raise ValueError(f"width, layers and heads are {shape}")
-        model = Generator(**record["generator"], bf16=bf16)
-        model.load_state_dict(tensors)
-        model.timesteps = parse_times(model.timesteps)
-    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise UserError(f"--base {file}: not a generator ({one_line(error)})") from error
-    try:
-        model.timesteps = parse_times(timesteps.split(",")) if timesteps else model.timesteps
-    except ValueError as error:
-        raise UserError(f"--timesteps {timesteps}: expected numbers that fall from 1 toward 0, "
-                        "such as 1,0.5,0.25,0.1") from error
-    model.fingerprint = record["checksum"][:16]
+    model = read_model(Generator, file or ASSETS / "base.safetensors", bf16=bf16)
+    model.timesteps = parse_times(timesteps) if timesteps else model.timesteps
     return model.to(device).requires_grad_(False)
 
 
@@ -324,16 +290,16 @@ class Noise(NamedTuple):
         return Noise(*(x.repeat_interleave(times, 0) for x in self))
 
 
-def draw_noise(model: Generator, rows: int, generator: torch.Generator) -> Noise:
+def draw_noise(model: Generator, rows: int, rng: torch.Generator) -> Noise:
     shape = rows, model.chunks, 1 + model.solver_steps, *model.chunk_shape
-    noise = torch.randn(shape, generator=generator).to(model.device)
+    noise = torch.randn(shape, generator=rng).to(model.device)
     return Noise(noise[:, :, 0], noise[:, :, 1:])
 
 
-def comparison_point(model: Generator, x_t: Tensor, x0: Tensor, t, s) -> Tensor:
-    """What distances are measured between in a step from t to s. Consistency model: the clean
-    prediction x̂₀ (Eq. 4). Flow matching: x_s, an Euler step of the ODE (Eq. 2)."""
-    return x0 + s / t * (x_t - x0) if model.flow else x0
+def comparison_point(model: Generator, x_t: Tensor, x0: Tensor, t, t_next) -> Tensor:
+    """The point whose distances are compared. Consistency model: the clean prediction x̂₀ (Eq. 4).
+    Flow matching: x_t at t_next, an Euler step of the ODE (Eq. 2)."""
+    return x0 + t_next / t * (x_t - x0) if model.flow else x0
 
 
 def denoise(model: Generator, context: Context, initial: Tensor,
@@ -345,26 +311,26 @@ def denoise(model: Generator, context: Context, initial: Tensor,
     points, both [N, T, *chunk_shape]; the last comparison point is the finished chunk.
     """
     x_t, states, points = initial, [], []
-    for i, (t, s) in enumerate(zip(model.timesteps, (*model.timesteps[1:], 0.0))):
+    for i, (t, t_next) in enumerate(zip(model.timesteps, (*model.timesteps[1:], 0.0))):
         states.append(x_t)
         x0 = model.predict(x_t, t, context).float()
-        points.append(comparison_point(model, x_t, x0, t, s))
-        if s > 0:
-            x_t = points[-1] if model.flow else (1 - s) * points[-1] + s * solver[:, i]
+        points.append(comparison_point(model, x_t, x0, t, t_next))
+        if t_next > 0:
+            x_t = points[-1] if model.flow else (1 - t_next) * points[-1] + t_next * solver[:, i]
     return torch.stack(states, 1), torch.stack(points, 1)
 
 
 @torch.no_grad()
 def rollout(model: Generator, context: Context, noise: Noise, start: int,
             stop: int) -> tuple[Tensor, Context]:
-    """Stream chunks start..stop-1: [N, stop - start, *chunk_shape], and the context after them (the
-    clip's last chunk is not written to it: nothing follows)."""
+    """Stream chunks start..stop-1: [N, stop - start, *chunk_shape], and the context after them
+    (without the clip's last chunk, as nothing follows it)."""
     chunks = torch.empty_like(noise.initial[:, start:stop])
     for p in range(start, stop):
-        x0 = denoise(model, context, noise.initial[:, p], noise.solver[:, p])[1][:, -1]
-        chunks[:, p - start] = x0
+        points = denoise(model, context, noise.initial[:, p], noise.solver[:, p])[1]
+        chunks[:, p - start] = points[:, -1]
         if p + 1 < model.chunks:
-            context = model.extend(context, x0)
+            context = model.extend(context, points[:, -1])
     return chunks, context
 
 
@@ -377,12 +343,12 @@ def sample(model: Generator, prompts: list[str], noise: Noise) -> Tensor:
 # ------------------------------------------------------------------ fork
 
 class Fork(NamedTuple):
-    """P groups of G branches at the pivot chunk: what the update needs, and where they began."""
+    """P groups of G branches at the pivot chunk: what an update needs of them."""
     prompts: list[str]
     prefix: Tensor          # [P, pivot, *chunk_shape]    finished chunks before the pivot
     context: Context        # h_{p-1}, P rows
     states: Tensor          # [P, T, G, *chunk_shape]     x_t⁽ⁱ⁾; the first is ε_p⁽ⁱ⁾
-    candidates: Tensor      # [P, T, G, *chunk_shape]     x̂₀,t⁽ⁱ⁾ (flow: x_s⁽ⁱ⁾); last: x_p⁽ⁱ⁾
+    candidates: Tensor      # [P, T, G, *chunk_shape]     x̂₀,t⁽ⁱ⁾ (comparison_point); last: x_p⁽ⁱ⁾
 
 
 @torch.no_grad()
@@ -392,24 +358,25 @@ def fork(model: Generator, prompts: list[str], pivot: int, noise: Noise, initial
 
     initial [P, G, *chunk_shape] and solver [P, G, solver_steps, *chunk_shape] are the branches'
     noise of the pivot chunk: the only place where branches can differ. The noise of all other
-    chunks is shared (`noise`, P rows). AR-CoPO perturbs initial and repeats solver. micro: rows at
-    a time, all if 0.
+    chunks is shared (`noise`, P rows): controlled noise sharing. AR-CoPO perturbs initial and
+    shares solver too. micro: rows at a time, all if 0.
     """
     P, parts = len(initial), []
     prefix, context = rollout(model, model.begin(prompts), noise, 0, pivot)         # line 2, P rows
     size = max(1, micro // P) if micro else initial.shape[1]
-    for start, own in zip(initial.split(size, 1), solver.split(size, 1)):
-        n = start.shape[1]
+    for some, own_solver in zip(initial.split(size, 1), solver.split(size, 1)):
+        n = some.shape[1]
         branch = context.repeat(n)                                                  # line 3
-        states, points = denoise(model, branch, start.flatten(0, 1), own.flatten(0, 1))
+        states, points = denoise(model, branch, some.flatten(0, 1), own_solver.flatten(0, 1))
         chunks = [prefix.repeat_interleave(n, 0), points[:, -1:]]
         if pivot + 1 < model.chunks:                                                # line 5
             branch = model.extend(branch, points[:, -1])
             chunks += rollout(model, branch, noise.repeat(n), pivot + 1, model.chunks)[:1]
-        clips = model.decode(torch.cat(chunks, 1))
-        parts.append([x.unflatten(0, (P, n)) for x in (states, points, clips)])
+        latents = torch.cat(chunks, 1)
+        latents[~latents.isfinite().flatten(1).all(1)] = math.nan       # so that advantages are 0
+        parts.append([x.unflatten(0, (P, n)) for x in (states, points, model.decode(latents))])
     states, points, clips = (torch.cat(part, 1) for part in zip(*parts))
-    # A branch that is not finite has no advantage; as zeros, it spoils no distance either.
+    # As zeros, a branch that is not finite keeps the distances of its group finite.
     states, points = (x.transpose(1, 2).nan_to_num(0.0, 0.0, 0.0) for x in (states, points))
     return Fork(prompts, prefix, context, states, points), clips
 
@@ -417,8 +384,8 @@ def fork(model: Generator, prompts: list[str], pivot: int, noise: Noise, initial
 # ------------------------------------------------------------------ objective (pure functions)
 
 def neighbor_noise(base: Tensor, sigma: float, group: int,
-                   generator: torch.Generator | None = None) -> Tensor:
-    """ε⁽ⁱ⁾ = √(1-σ²) ε* + σ δ⁽ⁱ⁾ with δ⁽ⁱ⁾ ~ N(0, I) (Eq. 1): noise of the same expected norm.
+                   rng: torch.Generator | None = None) -> Tensor:
+    """ε⁽ⁱ⁾ = √(1-σ²) ε* + σ δ⁽ⁱ⁾ with δ⁽ⁱ⁾ ~ N(0, I) (Eq. 1): the same expected squared norm.
 
     base: any shape -> [group, *base.shape]. sigma in [0, 1], else ValueError: 0 repeats the base,
     1 draws independent noise (plain GRPO).
@@ -427,28 +394,28 @@ def neighbor_noise(base: Tensor, sigma: float, group: int,
         raise ValueError(f"sigma must be in [0, 1], got {sigma}")
     if sigma == 0:
         return base.expand(group, *base.shape)
-    device = generator.device if generator else base.device
-    delta = torch.randn(group, *base.shape, generator=generator, device=device).to(base)
+    device = rng.device if rng else base.device
+    delta = torch.randn(group, *base.shape, generator=rng, device=device).to(base)
     return (1 - sigma**2) ** 0.5 * base + sigma * delta
 
 
-def group_advantages(rewards: Tensor, p: float | None = None, floor: float = 1e-6) -> Tensor:
+def group_advantages(rewards: Tensor, power: float = 0.0, floor: float = 1e-6) -> Tensor:
     """A⁽ⁱ⁾ = (r⁽ⁱ⁾ - r̄) / σ_r over the last axis (Eq. 3), σ_r without Bessel's correction.
 
-    rewards [..., G] -> [..., G]. With p in (0, 2]: the quasi-norm A / (Σ|A|^p)^{1/p} (Neighbor GRPO
-    Eq. 11, which uses 0.8); p = 2 is A / √G. Departure: σ_r is never taken below `floor` (the
-    quasi-norm is scaled by σ_r / floor below it), so that a nearly flat group moves little. A
-    reward that is not finite has the advantage 0; mean and deviation exclude it.
+    rewards [..., G] -> [..., G]. With power p in (0, 2]: the quasi-norm A / (Σ|A|^p)^{1/p}
+    (Neighbor GRPO Eq. 11, p = 0.8); p = 2 is A / √G. Departure: below `floor`, σ_r is replaced by
+    it (the quasi-norm's result is scaled by σ_r / floor), so that a nearly flat group moves the
+    policy little. A reward that is not finite is left out of r̄ and σ_r, and its advantage is 0.
     """
     finite = rewards.isfinite()
     count = finite.sum(-1, keepdim=True).clamp_min(1)
     least = rewards.where(finite, math.inf).amin(-1, keepdim=True)
-    centred = (rewards - least).where(finite, 0)    # first, so that a flat group is exactly zero
-    centred = (centred - centred.sum(-1, keepdim=True) / count).where(finite, 0)
+    centred = (rewards - least).where(finite, 0)    # before the mean, which rounds: equal rewards
+    centred = (centred - centred.sum(-1, keepdim=True) / count).where(finite, 0)    # give zeros
     deviation = (centred.square().sum(-1, keepdim=True) / count).sqrt()
-    if p is None:
+    if power == 0:
         return centred / deviation.clamp_min(floor)
-    norm = centred.abs().pow(p).sum(-1, keepdim=True).pow(1 / p)
+    norm = centred.abs().pow(power).sum(-1, keepdim=True).pow(1 / power)
     return centred / norm.clamp_min(1e-30) * (deviation / floor).clamp_max(1)
 
 
@@ -468,7 +435,8 @@ def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip: float) -> Ten
     """J = 1/G Σ_i min(ρ⁽ⁱ⁾ A⁽ⁱ⁾, clip(ρ⁽ⁱ⁾, 1-ε, 1+ε) A⁽ⁱ⁾) (Eq. 3), a scalar to be MAXIMISED.
 
     log_ratio [..., G] = log π_θ - log π_old; advantages broadcast to it; leading axes (prompts,
-    steps, anchors) are averaged. clip = inf: no clip (the paper's off-policy baseline).
+    steps, anchors) are averaged. clip = inf: no clip (the paper's off-policy baseline). Where
+    θ = θ_old, ∂J/∂x^(θ) = 2/(GτD) Σ_i A⁽ⁱ⁾ x⁽ⁱ⁾ for each anchor, with or without the clip.
     """
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
@@ -477,11 +445,8 @@ def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip: float) -> Ten
 
 # ------------------------------------------------------------------ adapter
 
-PEFT = "base_model.model."                              # before the layer's name in peft's files
-
-
 class Adapter:
-    """LoRA beside linear layers: y = W x + (α/r) B A x (Hu et al. 2021); B starts at zero.
+    """LoRA next to linear layers: y = W x + (α/r) B A x (Hu et al. 2021); B starts at zero.
 
     The model is never changed: `with adapter.on(model):` adds the low-rank terms inside the block,
     and several adapters add up. weights: {layer: (A [r, in], B [out, r])}, float32 whatever the
@@ -494,12 +459,12 @@ class Adapter:
 
     @classmethod
     def new(cls, model: nn.Module, rank: int, alpha: float,
-            generator: torch.Generator | None = None, targets: str = ".*") -> "Adapter":
+            rng: torch.Generator | None = None, targets: str = ".*") -> "Adapter":
         """targets: regular expression of whole layer names. Raises UserError if none matches."""
         weights = {}
         for name, layer in model.named_modules():
             if isinstance(layer, nn.Linear) and re.fullmatch(targets, name):
-                A = torch.rand(rank, layer.in_features, generator=generator) * 2 - 1
+                A = torch.rand(rank, layer.in_features, generator=rng) * 2 - 1
                 A, B = A / layer.in_features**0.5, torch.zeros(layer.out_features, rank)
                 weights[name] = tuple(z.to(layer.weight.device).requires_grad_() for z in (A, B))
         if not weights:
@@ -513,67 +478,39 @@ class Adapter:
     def on(self, model: nn.Module, strength: float = 1.0):
         scale = strength * self.alpha / self.rank
 
-        def hook(A: Tensor, B: Tensor):
-            def add(layer: nn.Module, x: tuple, y: Tensor) -> Tensor:
-                with torch.autocast(y.device.type, enabled=False):      # in float32
-                    return y + F.linear(scale * F.linear(x[0].float(), A), B).to(y.dtype)
-            return add
-        handles = [model.get_submodule(name).register_forward_hook(hook(A, B))
-                   for name, (A, B) in self.weights.items()]
-        try:
+        def add(A: Tensor, B: Tensor, layer: nn.Module, x: tuple, y: Tensor) -> Tensor:
+            with torch.autocast(y.device.type, enabled=False):          # in float32
+                return y + F.linear(scale * F.linear(x[0].float(), A), B).to(y.dtype)
+
+        with ExitStack() as hooks:
+            for name, pair in self.weights.items():
+                layer = model.get_submodule(name)
+                hooks.enter_context(layer.register_forward_hook(partial(add, *pair)))
             yield model
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def save(self, folder: str | Path, record: dict) -> None:
-        """In peft's format; our record (base, times, step ...) is in the safetensors header."""
-        folder = Path(folder)
-        tensors = {f"{PEFT}{name}.lora_{x}.weight": z for name, pair in self.weights.items()
-                   for x, z in zip("AB", pair)}
-        write_weights(folder / "adapter_model.safetensors", tensors,
-                      record | {"rank": self.rank, "alpha": self.alpha})
-        config = {"peft_type": "LORA", "r": self.rank, "lora_alpha": self.alpha, "bias": "none",
-                  "target_modules": "|".join(map(re.escape, self.weights)), "lora_dropout": 0.0}
-        write_whole(folder / "adapter_config.json", json.dumps(config, indent=1) + "\n")
+        """In peft's format; the record (base, times, step ...) is in the safetensors header."""
+        write_adapter(Path(folder), self.weights, self.rank, self.alpha, record)
 
     @classmethod
     def load(cls, folder: str | Path, model: Generator) -> "Adapter":
         """Raises UserError: missing, broken, or made for another base or other times."""
-        tensors, record = read_weights(Path(folder) / "adapter_model.safetensors", "--adapter")
-        try:
-            weights, expected = {}, {}
-            for name in dict.fromkeys(n[len(PEFT) : -len(".lora_A.weight")] for n in tensors):
-                out, into = model.get_submodule(name).weight.shape
-                keys = [f"{PEFT}{name}.lora_{x}.weight" for x in "AB"]
-                for key, shape in zip(keys, ((record["rank"], into), (out, record["rank"]))):
-                    expected[key] = shape, torch.float32
-                weights[name] = tuple(tensors[key].to(model.device) for key in keys)
-            check_tensors(tensors, expected)
-            if record["base"] != model.fingerprint:
-                raise ValueError("it was trained on other weights; name them with --base")
-            if record["timesteps"] != list(model.timesteps):
-                raise ValueError("it was trained at other times; name them with --timesteps "
-                                 + ",".join(f"{t:g}" for t in record["timesteps"]))
-            return cls(weights, float(record["alpha"]))
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"--adapter {folder}: not an adapter of this base "
-                            f"({one_line(error)})") from error
+        return cls(*read_adapter(Path(folder), model))
 
 
 # ------------------------------------------------------------------ replay and update
 
-def replay(model: Generator, branches: Fork, steps: Tensor, anchors: Tensor) -> Tensor:
-    """Eq. 4: predict again from the stored states at K pairs of a step and an anchor, as one batch
-    -> comparison points [P, K, *chunk_shape]. The only forward pass that is differentiated."""
-    x_t = branches.states[:, steps, anchors]
+def replay(model: Generator, branches: Fork, step: Tensor, anchor: Tensor) -> Tensor:
+    """Eq. 4: predict again from the states of K pairs of a step and an anchor, indices [K] each, as
+    one batch -> x^(θ) [P, K, *chunk_shape]. The only forward pass that is differentiated."""
+    x_t = branches.states[:, step, anchor]
     P, K = x_t.shape[:2]
     x_t = x_t.flatten(0, 1)
     times = torch.stack([x_t.new_full((), t) for t in (*model.timesteps, 0.0)])     # no copy to GPU
-    t, s = times[steps].repeat(P), times[steps + 1].repeat(P)
+    t, t_next = times[step].repeat(P), times[step + 1].repeat(P)
     x0 = model.predict(x_t, t, branches.context.repeat(K)).float()
     column = lambda z: z.view(-1, *[1] * (x_t.ndim - 1))
-    return comparison_point(model, x_t, x0, column(t), column(s)).unflatten(0, (P, K))
+    return comparison_point(model, x_t, x0, column(t), column(t_next)).unflatten(0, (P, K))
 
 
 @dataclass
@@ -583,25 +520,25 @@ class Method(Training):
     buffered: bool = False      # groups from the fixed buffer, π_old is the reference (Sec. 3.3)
 
     def branch_noise(self, noise: Noise, pivot: int,
-                     generator: torch.Generator) -> tuple[Tensor, Tensor]:
+                     rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Algorithm 1, line 4: the pivot's noise of each branch, [P, G, *chunk_shape] initial and
         [P, G, solver_steps, *chunk_shape] solver. Only the initial noise differs."""
-        initial = neighbor_noise(noise.initial[:, pivot], self.sigma, self.group, generator)
-        solver = neighbor_noise(noise.solver[:, pivot], 0.0, self.group)
+        initial = neighbor_noise(noise.initial[:, pivot], self.sigma, self.group, rng)
+        solver = neighbor_noise(noise.solver[:, pivot], 0.0, self.group)    # σ = 0: shared
         return initial.transpose(0, 1), solver.transpose(0, 1)
 
-    def replayed(self, T: int, generator: torch.Generator) -> Tensor:
-        """The K = T B pairs of a step and an anchor that an iteration replays, [K, 2]. Departure:
-        the prompts share the anchors, and so do all updates of an iteration."""
-        anchors = torch.randperm(self.group, generator=generator)[: self.anchors]
+    def draw_pairs(self, T: int, rng: torch.Generator) -> Tensor:
+        """Symmetric anchor sampling: B of the G candidates -> the K = T B pairs of a step and an
+        anchor, [K, 2]. Departure: all prompts and updates of an iteration use the same pairs."""
+        anchors = torch.randperm(self.group, generator=rng)[: self.anchors]
         return torch.cartesian_prod(torch.arange(T), anchors)
 
-    def log_policies(self, model: Generator, branches: Fork, steps: Tensor,
-                     anchors: Tensor) -> Tensor:
+    def log_policies(self, model: Generator, branches: Fork, step: Tensor,
+                     anchor: Tensor) -> Tensor:
         """Algorithm 1, line 8: replay the pivot chunk -> log π_θ(i | s_t) [P, K, G]."""
-        replayed = replay(model, branches, steps, anchors)
-        candidates = branches.candidates[:, steps].flatten(3)           # [P, K, G, D]
-        return surrogate_log_policy(candidates, replayed.flatten(2), self.tau)
+        x = replay(model, branches, step, anchor).flatten(2)            # [P, K, D]
+        candidates = branches.candidates[:, step].flatten(3)            # [P, K, G, D]
+        return surrogate_log_policy(candidates, x, self.tau)
 
 
 def averaged(x: Tensor) -> Tensor:
@@ -613,30 +550,30 @@ def averaged(x: Tensor) -> Tensor:
 
 
 def update(model: Generator, adapter: Adapter, branches: Fork, rewards: Tensor, method: Method,
-           optimizer: torch.optim.Optimizer, updates: int, generator: torch.Generator) -> dict:
+           optimizer: torch.optim.Optimizer, updates: int, rng: torch.Generator) -> dict:
     """Algorithm 1, lines 7 to 9: `updates` steps of ascent on J, on the pivot chunk only.
 
     rewards [P, G] -> tensors ratio_first (mean ρ at the first update; 1 on-policy), clip_fraction
-    (share of terms without gradient because of the clip, at the last update), grad_norm (mean),
+    (share of terms whose gradient the clip sets to zero, at the last update), grad_norm (mean),
     skipped (updates that were not finite). J is a mean over pairs, so its gradient is summed over
     slices of method.micro rows, and averaged over processes, which have other groups.
     """
-    advantages = group_advantages(rewards, method.quasi_norm or None, method.floor)[:, None]
-    pairs = method.replayed(len(model.timesteps), generator).to(model.device)
+    advantages = group_advantages(rewards, method.quasi_norm, method.floor)[:, None]
+    pairs = method.draw_pairs(len(model.timesteps), rng).to(model.device)
     slices = pairs.split(max(1, method.micro // len(rewards)) if method.micro else len(pairs))
-    norms, ratios, skipped, old = [], [], 0, []
+    norms, ratios, skipped, old = [], [], 0, {}
     if method.buffered:
-        with torch.no_grad():                       # the adapter is off: π_old is π_ref
-            old = [method.log_policies(model, branches, *part.T) for part in slices]
+        with torch.no_grad():       # the adapter is off: π_old is π_ref, the clip's trust region
+            old = {i: method.log_policies(model, branches, *part.T)
+                   for i, part in enumerate(slices)}
     for _ in range(updates):
         optimizer.zero_grad()
         log_ratios, J = [], 0.0
         with adapter.on(model):
             for i, part in enumerate(slices):
                 log_policy = method.log_policies(model, branches, *part.T)          # line 8
-                if i == len(old):   # Departure: π_old on-policy is the first replay, not the
-                    old.append(log_policy.detach())     # rollout, which may round differently
-                log_ratio = log_policy - old[i]
+                # Departure: π_old is that of the first replay; a rollout may round differently.
+                log_ratio = log_policy - old.setdefault(i, log_policy.detach())
                 term = clipped_objective(log_ratio, advantages, method.clip_range)
                 term = term * len(part) / len(pairs)
                 (-term).backward()                                                  # line 9
@@ -651,63 +588,60 @@ def update(model: Generator, adapter: Adapter, branches: Fork, rewards: Tensor, 
             skipped += 1
     clipped = ((ratios[-1] - 1) * advantages.sign() > method.clip_range).float()
     return {"ratio_first": ratios[0].mean(), "clip_fraction": clipped.mean(),
-            "grad_norm": torch.stack(norms).mean(), "skipped": rewards.new_tensor(skipped)}
+            "grad_norm": torch.stack(norms).mean(), "skipped": rewards.new_full((), skipped)}
 
 
 # ------------------------------------------------------------------ groups
 
 def explore(model: Generator, method: Method, prompts: list[str], reward: Callable, P: int,
-            generator: torch.Generator) -> tuple[Fork, dict[str, Tensor]]:
+            rng: torch.Generator) -> tuple[Fork, dict[str, Tensor]]:
     """Algorithm 1, lines 1 to 5, for P of the prompts -> Fork, {"reward", ...: [P, G]}.
 
     reward(clips [N, ...] as model.decode gives them, prompts) -> {"reward": [N], others: [N]}.
     Departure: the P prompts share the pivot, so that they run as one batch.
     """
-    chosen = [prompts[i] for i in torch.randperm(len(prompts), generator=generator)[:P]]
-    pivot = int(torch.randint(model.chunks, (), generator=generator))               # line 1
-    noise = draw_noise(model, P, generator)
-    own = method.branch_noise(noise, pivot, generator)                              # line 4
-    branches, clips = fork(model, chosen, pivot, noise, *own, method.micro)         # lines 2, 3, 5
+    chosen = [prompts[i] for i in torch.randperm(len(prompts), generator=rng)[:P]]
+    pivot = int(torch.randint(model.chunks, (), generator=rng))               # line 1
+    noise = draw_noise(model, P, rng)
+    initial, solver = method.branch_noise(noise, pivot, rng)                        # line 4
+    branches, clips = fork(model, chosen, pivot, noise, initial, solver, method.micro)  # 2, 3, 5
     scores = reward(clips.flatten(0, 1), [prompt for prompt in chosen for _ in range(method.group)])
     return branches, {name: x.view(P, -1).to(model.device) for name, x in scores.items()}
 
 
-Buffer = list[dict]
-"""Groups of semi-on-policy training (Sec. 3.3), made once by the reference policy and never written
-again: {"prompt": str, "reward": [G] and, in half precision, "prefix": [pivot, *chunk_shape],
+Buffer, STORED = list[dict], ("prefix", "states", "candidates")
+"""Groups of semi-on-policy training (Sec. 3.3), made once by the reference policy and never
+changed: {"prompt": str, "reward": [G] and, in half precision, "prefix": [pivot, *chunk_shape],
 "states", "candidates": [T, G, *chunk_shape]}. No context: draw_from makes it from the prefix."""
 
 
 def collect_buffer(model: Generator, method: Method, prompts: list[str], reward: Callable,
                    size: int, seed: int) -> Buffer:
     """`size` groups of the reference policy (no adapter may be on), in CPU memory."""
-    buffer, bar = [], progress(total=size, desc="buffer", unit="group")
-    while len(buffer) < size:
-        P = min(method.prompts, size - len(buffer))
-        branches, scores = explore(model, method, prompts, reward, P,
-                                   seeded(seed, "buffer", len(buffer)))
-        tensors = {"prefix": branches.prefix.half(), "states": branches.states.half(),
-                   "candidates": branches.candidates.half(), "reward": scores["reward"]}
-        buffer += [{"prompt": prompt} | {name: x[i].cpu() for name, x in tensors.items()}
-                   for i, prompt in enumerate(branches.prompts)]
-        bar.update(P)
-    bar.close()
+    buffer = []
+    for first in progress(range(0, size, method.prompts), "buffer", unit="batch"):
+        P = min(method.prompts, size - first)
+        branches, scores = explore(model, method, prompts, reward, P, seeded(seed, "buffer", first))
+        for i, prompt in enumerate(branches.prompts):
+            tensors = {name: getattr(branches, name)[i].half().cpu() for name in STORED}
+            buffer.append({"prompt": prompt} | tensors | {"reward": scores["reward"][i].cpu()})
     return buffer
 
 
 @torch.no_grad()
 def draw_from(buffer: Buffer, model: Generator, P: int,
-              generator: torch.Generator) -> tuple[Fork, dict[str, Tensor]]:
-    """Up to P random groups of one pivot, as explore returns them; no adapter may be on.
+              rng: torch.Generator) -> tuple[Fork, dict[str, Tensor]]:
+    """Up to P random groups, as explore returns them; no adapter may be on.
 
-    Departure: h_{p-1} is not stored but made again from the prefix, in half precision.
+    Departures: all have the pivot of the first one drawn; h_{p-1} is not stored but made again from
+    the prefix, in half precision.
     """
-    order = torch.randperm(len(buffer), generator=generator).tolist()
-    pivot = len(buffer[order[0]]["prefix"])
-    groups = [group for i in order if len((group := buffer[i])["prefix"]) == pivot][:P]
+    shuffled = [buffer[i] for i in torch.randperm(len(buffer), generator=rng)]
+    pivot = len(shuffled[0]["prefix"])
+    groups = [group for group in shuffled if len(group["prefix"]) == pivot][:P]
     prefix, states, candidates, reward = (
         torch.stack([group[name] for group in groups]).to(model.device).float()
-        for name in ("prefix", "states", "candidates", "reward"))
+        for name in (*STORED, "reward"))
     prompts = [group["prompt"] for group in groups]
     context = model.begin(prompts)
     for x0 in prefix.unbind(1):
@@ -715,65 +649,29 @@ def draw_from(buffer: Buffer, model: Generator, P: int,
     return Fork(prompts, prefix, context, states, candidates), {"reward": reward}
 
 
-def save_buffer(buffer: Buffer, file: Path, about: dict) -> None:
-    tensors = {f"{i}.{name}": x for i, group in enumerate(buffer)
-               for name, x in group.items() if name != "prompt"}
-    write_weights(file, tensors, about | {"prompts": [group["prompt"] for group in buffer]})
-
-
-def load_buffer(file: str | Path, model: Generator, about: dict) -> Buffer:
-    """Raises UserError for a file that is missing, broken or made with another `about`."""
-    tensors, found = read_weights(file, "--buffer")
-    for name in about:
-        if found.get(name) != about[name]:
-            raise UserError(f"--buffer {file}: made with {name} {found.get(name)}, not "
-                            f"{about[name]}; leave out --buffer to collect one")
-    try:
-        expected, buffer = {}, []
-        for i, prompt in enumerate(found["prompts"]):
-            names = ("prefix", "states", "candidates", "reward")
-            buffer.append({"prompt": prompt} | {name: tensors[f"{i}.{name}"] for name in names})
-            half = len(model.timesteps), about["group"], *model.chunk_shape
-            prefix = min(len(buffer[i]["prefix"]), model.chunks - 1), *model.chunk_shape
-            expected |= {f"{i}.prefix": (prefix, torch.half), f"{i}.states": (half, torch.half),
-                         f"{i}.candidates": (half, torch.half),
-                         f"{i}.reward": ((about["group"],), torch.float32)}
-        check_tensors(tensors, expected)
-        model.begin(found["prompts"])
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"--buffer {file}: not a buffer ({one_line(error)})") from error
-    return buffer
-
-
 # ------------------------------------------------------------------ training
 
 def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer, method: Method,
-            groups: Callable, generator: torch.Generator) -> dict:
-    """One iteration -> a row of metrics. groups(generator) gives what explore returns.
+            groups: Callable, rng: torch.Generator) -> dict:
+    """One iteration -> a row of metrics. groups(rng) gives what explore returns.
 
-    pivot (from 1), means of the reward and its components, not_finite (rewards left out), deviation
-    (of the reward inside a group), flat_groups (share below the floor), what update returns,
-    seconds. On-policy, one batch of groups serves all updates (Algorithm 1); from the buffer each
-    update draws its own, and the row has their means. Means are over processes too.
+    pivot (from 1), what reward_metrics and update return, seconds. On-policy, one batch of groups
+    serves all updates (Algorithm 1); from the buffer each update draws its own, and the row has
+    their means. Means are over processes too.
     """
     began, rows, pivots = time.perf_counter(), [], []
     draws, updates = (method.updates, 1) if method.buffered else (1, method.updates)
     for _ in range(draws):
         with nullcontext() if method.buffered else adapter.on(model):
-            branches, scores = groups(generator)
-        scores = {name: x.where(x.isfinite(), math.nan) for name, x in scores.items()}
-        reward = scores["reward"]
-        deviation = (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
-        row = {name: x.nanmean() for name, x in scores.items()}
-        row |= {"not_finite": reward.isnan().float().sum(), "deviation": deviation.nanmean(),
-                "flat_groups": (~(deviation >= method.floor)).float().mean()}
-        rows.append(row | update(model, adapter, branches, reward, method, optimizer, updates,
-                                 generator))
+            branches, scores = groups(rng)                                          # lines 1 to 5
+        rows.append(reward_metrics(scores, method.floor)
+                    | update(model, adapter, branches, scores["reward"], method, optimizer,
+                             updates, rng))                                         # lines 7 to 9
         pivots.append(str(branches.prefix.shape[1] + 1))
     values = averaged(torch.stack([torch.stack(list(row.values())) for row in rows]).mean(0))
-    row = {"pivot": " ".join(pivots)} | dict(zip(rows[0], values.tolist()))
-    row |= {name: row[name] * draws for name in ("skipped", "not_finite")}          # not means
-    return row | {"seconds": time.perf_counter() - began}
+    row = dict(zip(rows[0], values.tolist()))
+    row |= {name: row[name] * draws for name in ("skipped", "not_finite")}          # sums
+    return {"pivot": " ".join(pivots)} | row | {"seconds": time.perf_counter() - began}
 
 
 def align(name: str, model: Generator, method: Method, groups: Callable, judge_model: Callable,
@@ -781,48 +679,40 @@ def align(name: str, model: Generator, method: Method, groups: Callable, judge_m
           record: dict) -> tuple[Adapter, list[dict]]:
     """Train one adapter, from its checkpoint if there is one -> it, and the rows of iterate.
 
-    Writes NAME.csv (the rows), NAME-curve.csv (what judge_model() returns, every few iterations),
-    the adapter NAME/ with the record, and NAME.checkpoint.safetensors into the folder.
+    judge_model() gives the scores of a point of the held-out curve. Writes the adapter with the
+    record to folder/NAME, and the files of TrainingLog.
     """
     kind = "buffered" if method.buffered else "explored"    # methods of a kind share their streams
     adapter = Adapter.new(model, method.rank, method.alpha, seeded(seed, kind, "adapter"),
                           method.targets)
     optimizer = torch.optim.AdamW(adapter.parameters(), method.lr, weight_decay=0)
-    file = folder / f"{name}.checkpoint.safetensors"
-    state = load_checkpoint(file, adapter.parameters(), optimizer) or {"rows": [], "curve": []}
-    rows, curve = state["rows"], state["curve"]             # the curve has a point at step 0
-    bar = progress(range(len(rows) + bool(curve), method.steps + 1), name, unit="it")
+    log = TrainingLog(folder, name, adapter.parameters(), optimizer)
+    process = (RANK,) if RANK else ()                       # each draws its own groups
     with deferred_interrupt() as interrupted:
-        for step in bar:
+        for step in log.steps(method.steps):                # step 0 only judges
             if step > 0:
-                own = (RANK,) if RANK else ()               # other groups in each process
-                row = iterate(model, adapter, optimizer, method, groups,
-                              seeded(seed, kind, step, *own))
-                rows.append({"step": step} | row)
-                write_rows(folder / f"{name}.csv", rows)
-                recent = [row["reward"] for row in rows[-10:]]
-                bar.set_postfix({"reward": f"{sum(recent) / len(recent):+.2f}",
-                                 "clipped": f"{row['clip_fraction']:.0%}",
-                                 "held-out reward": f"{curve[-1]['reward']:+.2f}"})
+                log.add_row(step, iterate(model, adapter, optimizer, method, groups,
+                                          seeded(seed, kind, step, *process)))
             if step % judge_every == 0 or step == method.steps:
                 with adapter.on(model):
-                    point = {key: value.mean().item() for key, value in judge_model().items()}
-                curve.append({"step": step} | point)
-                write_rows(folder / f"{name}-curve.csv", curve)
+                    log.add_point(step, judge_model())
             stop = interrupted()
             if step % save_every == 0 or step == method.steps or stop:
                 adapter.save(folder / name, record | {"method": name, "step": step, "seed": seed,
                                                       "steps": method.steps})
-                save_checkpoint(file, adapter.parameters(), optimizer, state)
+                log.save()
             if stop:
                 raise KeyboardInterrupt
-    return adapter, rows
+    return adapter, log.rows
 
 
 # ------------------------------------------------------------------ merging and the choice of s
 
 def merge_adapters(*terms: tuple[Adapter, float]) -> Adapter:
-    """Σ s_k Δ_k as one adapter, exactly: the ranks add up (Sec. 3.3: θ_ref + Δ_semi + s · Δ_on)."""
+    """Σ s_k Δ_k as one adapter, exactly: the ranks add up (Sec. 3.3: θ_ref + Δ_semi + s · Δ_on).
+    Raises ValueError if the adapters have other layers."""
+    if any(adapter.weights.keys() != terms[0][0].weights.keys() for adapter, s in terms):
+        raise ValueError("the adapters must have the same layers")
     weights = {}
     for name in terms[0][0].weights:
         A = torch.cat([adapter.weights[name][0] for adapter, s in terms])
@@ -846,11 +736,11 @@ def choose_strength(scores: dict[float, tuple[float, float]],
 # ------------------------------------------------------------------ evaluation
 
 @torch.no_grad()
-def sample_batches(model: Generator, prompts: list[str], generator: torch.Generator,
+def sample_batches(model: Generator, prompts: list[str], rng: torch.Generator,
                    size: int = 48) -> Tensor:
-    """sample in batches; the noise depends on the generator alone, not on the model."""
+    """sample in batches; the noise depends on rng alone, not on the model."""
     parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-    return torch.cat([sample(model, part, draw_noise(model, len(part), generator))
+    return torch.cat([sample(model, part, draw_noise(model, len(part), rng))
                       for part in parts])
 
 
@@ -879,7 +769,7 @@ def compare(model: Generator, reward: Callable, adapters: dict[str, Adapter], sw
     both = {name: (scores["reward"].mean().item(), scores["judge"].mean().item())
             for name, scores in results.items()}
     s = choose_strength({s: both[name] for name, s in strengths.items()}, both["base"])
-    chosen = "" if not strengths else "semi" if s is None else f"s = {s:g}"
+    chosen = f"s = {s:g}" if s is not None else "semi" if strengths else ""
     return chosen, models, clips, results
 
 
@@ -901,11 +791,9 @@ def load(settings: Settings) -> tuple[Generator, WeightedReward, WeightedReward]
 
 
 def methods(settings: Settings) -> dict[str, Method]:
-    plain = {f.name: getattr(settings, f.name) for f in fields(Training)}
-    buffered = plain | {"lr": settings.buffer_lr, "buffered": True}
-    return {"on-policy": Method(**plain),                                           # Sec. 3.2
-            "semi": Method(**buffered),                                             # Sec. 3.3
-            "off-policy": Method(**buffered | {"clip_range": math.inf})}            # Table 2
+    on = Method(**{f.name: getattr(settings, f.name) for f in fields(Training)})    # Sec. 3.2
+    semi = replace(on, lr=settings.buffer_lr, buffered=True)                        # Sec. 3.3
+    return {"on-policy": on, "semi": semi, "off-policy": replace(semi, clip_range=math.inf)}
 
 
 def run(settings: Settings, own: dict[str, Method] | None = None,
@@ -930,11 +818,9 @@ def run(settings: Settings, own: dict[str, Method] | None = None,
     about = record | {"group": settings.group, "sigma": settings.sigma, "flow": model.flow,
                       "reward": buffer_reward.weights, "reward models": buffer_reward.hashes()}
     buffer = load_buffer(file, model, about) if settings.buffer or file.exists() else None
-    Adapter.new(model, settings.rank, settings.alpha, targets=settings.targets)     # or UserError
-
-    def judge_model() -> dict[str, Tensor]:
-        return held_out(model, reward, min(2, settings.judge_samples), settings.seed, "curve")[1]
-
+    Adapter.new(model, settings.rank, settings.alpha, targets=settings.targets)     # fails early
+    samples = min(2, settings.judge_samples)                                    # of the curve
+    judge_model = lambda: held_out(model, reward, samples, settings.seed, "curve")[1]
     with run_folder(folder, settings, record | {"device": device_name(model.device),
                                                 "reward_scales": reward.scales}):
         adapters, rows = {}, []
@@ -943,11 +829,8 @@ def run(settings: Settings, own: dict[str, Method] | None = None,
                 buffer = collect_buffer(model, method, prompts, buffer_reward,
                                         settings.buffer_groups, settings.seed)
                 save_buffer(buffer, file, about)
-
-            def groups(generator: torch.Generator, method: Method = method):
-                if method.buffered:
-                    return draw_from(buffer, model, method.prompts, generator)
-                return explore(model, method, prompts, trained_on, method.prompts, generator)
+            groups = (partial(draw_from, buffer, model, method.prompts) if method.buffered else
+                      partial(explore, model, method, prompts, trained_on, method.prompts))
             adapters[name], new = align(name, model, method, groups, judge_model,
                                         settings.judge_every, settings.save_every, settings.seed,
                                         folder, record)
@@ -961,20 +844,12 @@ def run(settings: Settings, own: dict[str, Method] | None = None,
         write_report(folder, columns, chosen, clips, results,
                      f"{trained / 60:.1f} minutes to load and train on {model.device} "
                      f"({settings.precision}), {(time.perf_counter() - began) / 60:.1f} in all.")
-    skipped, left_out = (sum(row[name] for row in rows) for name in ("skipped", "not_finite"))
-    finite = all(scores[c].isfinite().all() for scores in results.values() for c in columns)
-    if skipped or left_out or not finite:
-        print(f"arcopo: not finite: {skipped} updates were skipped, {left_out} rewards left out"
-              + ("" if finite else ", and the table has NaN or infinity"), file=sys.stderr)
-    return int(skipped > 0 or left_out > 0 or not finite)
+    return report_not_finite(rows, results, columns)
 
 
 def stream(settings: Settings) -> int:
     """Stream one clip, chunk by chunk, to a GIF."""
-    file = Path(settings.out or "clip.gif")
-    if file.suffix != ".gif" or file.is_dir():
-        raise UserError(f"--out {file}: expected the name of a .gif file")
-    check_folder(file.parent)
+    file = check_gif(settings.out or "clip.gif")
     attributes([settings.sample])
     model = load_generator(settings.base, choose_device(settings.device),
                            settings.precision == "bf16", settings.timesteps)

@@ -143,6 +143,19 @@ def choose_device(name: str) -> str:
     return name
 
 
+def seeded(seed: int, *stream: str | int) -> torch.Generator:
+    """A random generator for (seed, *stream), on the CPU: the same noise on every device.
+
+    A hash of them fills the state of the Mersenne Twister: manual_seed would keep 32 bits.
+    """
+    generator = torch.Generator()
+    state = generator.get_state()
+    words = hashlib.shake_256(repr((seed, *stream)).encode()).digest(4 * 624)
+    words = torch.frombuffer(bytearray(words), dtype=torch.uint32).long().view(torch.uint8)
+    state[24 : 24 + len(words)] = words             # after the seed and two counters
+    return generator.set_state(state)
+
+
 def device_name(device: torch.device) -> str:
     return (torch.cuda.get_device_name(device) if device.type == "cuda" else
             f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
@@ -281,6 +294,94 @@ def version() -> dict[str, str]:
     return {"code": hashlib.sha256(code).hexdigest()[:16], "commit": commit}
 
 
+def parse_times(text: str) -> tuple[float, ...]:
+    """'1,0.5,0.25,0.1' -> sampler times, which fall from 1 toward 0. Raises UserError."""
+    with user_error(f"--timesteps {text}: expected numbers that fall from 1 toward 0, such as "
+                    "1,0.5,0.25,0.1"):
+        times = tuple(float(t) for t in text.split(","))
+        if times[:1] != (1,) or not all(t > s for t, s in zip(times, (*times[1:], 0))):
+            raise ValueError("they do not fall")
+    return times
+
+
+def read_model(cls: type, file: str | Path, **more):
+    """cls(**arguments in the file's record, **more) with the file's weights. Raises UserError."""
+    tensors, record = read_weights(file, "--base")
+    with user_error(f"--base {file}: not a generator"):
+        shape = [record["generator"][name] for name in ("width", "layers", "heads")]
+        if not all(type(n) is int and 0 < n <= 4096 for n in shape):
+            raise ValueError(f"width, layers and heads are {shape}")
+        model = cls(**record["generator"], **more)
+        model.load_state_dict(tensors)
+        model.timesteps = parse_times(",".join(map(str, model.timesteps)))
+    model.fingerprint = record["checksum"][:16]
+    return model
+
+
+PEFT = "base_model.model."                              # before the layer's name in peft's files
+
+
+def write_adapter(folder: Path, weights: dict[str, tuple[Tensor, Tensor]], rank: int, alpha: float,
+                  record: dict) -> None:
+    """{layer: (A, B)} in peft's format; the record is in the header of the weights."""
+    tensors = {f"{PEFT}{name}.lora_{x}.weight": z for name, pair in weights.items()
+               for x, z in zip("AB", pair)}
+    write_weights(folder / "adapter_model.safetensors", tensors,
+                  record | {"rank": rank, "alpha": alpha})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none",
+              "target_modules": "|".join(map(re.escape, weights)), "lora_dropout": 0.0}
+    write_whole(folder / "adapter_config.json", json.dumps(config, indent=1) + "\n")
+
+
+def read_adapter(folder: Path, model) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    """-> {layer: (A, B)}, and alpha. Raises UserError."""
+    tensors, record = read_weights(folder / "adapter_model.safetensors", "--adapter")
+    weights, expected = {}, {}
+    with user_error(f"--adapter {folder}: not an adapter of this base"):
+        for name in dict.fromkeys(n[len(PEFT) : -len(".lora_A.weight")] for n in tensors):
+            out, into = model.get_submodule(name).weight.shape
+            keys = [f"{PEFT}{name}.lora_{x}.weight" for x in "AB"]
+            for key, shape in zip(keys, ((record["rank"], into), (out, record["rank"]))):
+                expected[key] = shape, torch.float32
+            weights[name] = tuple(tensors[key].to(model.device) for key in keys)
+        check_tensors(tensors, expected)
+        if record["base"] != model.fingerprint:
+            raise ValueError("it was trained on other weights; name them with --base")
+        if record["timesteps"] != list(model.timesteps):
+            raise ValueError("it was trained at other times; name them with --timesteps "
+                             + ",".join(f"{t:g}" for t in record["timesteps"]))
+        return weights, float(record["alpha"])
+
+
+def save_buffer(buffer: list[dict], file: Path, about: dict) -> None:
+    """about: what the groups depend on."""
+    tensors = {f"{i}.{name}": x for i, group in enumerate(buffer)
+               for name, x in group.items() if name != "prompt"}
+    write_weights(file, tensors, about | {"prompts": [group["prompt"] for group in buffer]})
+
+
+def load_buffer(file: str | Path, model, about: dict) -> list[dict]:
+    """Raises UserError: missing, broken, or made by another base or with other settings."""
+    tensors, found = read_weights(file, "--buffer")
+    for name in about:
+        if found.get(name) != about[name]:
+            raise UserError(f"--buffer {file}: made with {name} {found.get(name)}, not "
+                            f"{about[name]}; leave out --buffer to collect one")
+    buffer, expected = [], {}
+    with user_error(f"--buffer {file}: not a buffer"):
+        for i, prompt in enumerate(found["prompts"]):
+            names = ("prefix", "states", "candidates", "reward")
+            buffer.append({"prompt": prompt} | {name: tensors[f"{i}.{name}"] for name in names})
+            half = len(model.timesteps), about["group"], *model.chunk_shape
+            prefix = min(len(buffer[i]["prefix"]), model.chunks - 1), *model.chunk_shape
+            expected |= {f"{i}.prefix": (prefix, torch.half), f"{i}.states": (half, torch.half),
+                         f"{i}.candidates": (half, torch.half),
+                         f"{i}.reward": ((about["group"],), torch.float32)}
+        check_tensors(tensors, expected)
+        model.begin(found["prompts"])
+    return buffer
+
+
 def save_checkpoint(file: Path, parameters: list[Tensor], optimizer: torch.optim.Optimizer,
                     state: dict) -> None:
     """The state of a training (anything JSON holds); the one before it is kept as FILE.previous."""
@@ -313,6 +414,39 @@ def load_checkpoint(file: Path, parameters: list[Tensor],
         raise UserError(f"--resume: {file} and the one before it are damaged; delete both to train "
                         "anew")
     return None
+
+
+class TrainingLog:
+    """NAME.csv, NAME-curve.csv and NAME.checkpoint.safetensors of a training, in a run folder. It
+    starts from the checkpoint if there is one: parameters and optimizer are restored."""
+
+    def __init__(self, folder: Path, name: str, parameters: list[Tensor],
+                 optimizer: torch.optim.Optimizer):
+        self.folder, self.name, self.training = folder, name, (parameters, optimizer)
+        self.file = folder / f"{name}.checkpoint.safetensors"
+        self.state = load_checkpoint(self.file, *self.training) or {"rows": [], "curve": []}
+        self.rows, self.curve = self.state["rows"], self.state["curve"]
+
+    def steps(self, last: int) -> tqdm:
+        """What is left of steps 0 to `last`. The curve has a point at step 0, the rows do not."""
+        self.bar = progress(range(len(self.rows) + bool(self.curve), last + 1), self.name,
+                            unit="it")
+        return self.bar
+
+    def add_row(self, step: int, row: dict) -> None:
+        self.rows.append({"step": step} | row)
+        write_rows(self.folder / f"{self.name}.csv", self.rows)
+        recent = [row["reward"] for row in self.rows[-10:]]
+        self.bar.set_postfix({"reward": f"{sum(recent) / len(recent):+.2f}",
+                              "clipped": f"{row['clip_fraction']:.0%}",
+                              "held-out reward": f"{self.curve[-1]['reward']:+.2f}"})
+
+    def add_point(self, step: int, scores: dict[str, Tensor]) -> None:
+        self.curve.append({"step": step} | {key: x.mean().item() for key, x in scores.items()})
+        write_rows(self.folder / f"{self.name}-curve.csv", self.curve)
+
+    def save(self) -> None:
+        save_checkpoint(self.file, *self.training, self.state)
 
 
 def open_run(settings):
@@ -408,6 +542,15 @@ def save_gif(blocks: dict[str, Tensor], file: Path, scale: int = 4) -> None:
         parts += [frames, torch.full_like(frames[:, :, : 3 * scale], 255)]
     image = torch.cat(parts[:-1], 2).numpy()
     write_whole(file, iio.imwrite("<bytes>", image, extension=".gif", duration=150, loop=0))
+
+
+def check_gif(name: str) -> Path:
+    """The file of --sample. Raises UserError."""
+    file = Path(name)
+    if file.suffix != ".gif" or file.is_dir():
+        raise UserError(f"--out {file}: expected the name of a .gif file")
+    check_folder(file.parent)
+    return file
 
 
 # ------------------------------------------------------------------ world
@@ -891,6 +1034,29 @@ def evaluate(clips: Tensor, prompts: list[str], reward: Callable) -> dict[str, T
     scores = {name: value.mean(1) for name, value in scores.items()}
     total = (scores["text"] + scores["visual"] + scores["motion_quality"]) / 3
     return scores | {"judge": total, "spread": variance.sqrt()}
+
+
+def reward_metrics(scores: dict[str, Tensor], floor: float) -> dict[str, Tensor]:
+    """scores {"reward", ...: [P, G]} -> their means over finite values; not_finite: rewards left
+    out; deviation: of the reward in a group; flat_groups: share with a deviation below the floor"""
+    scores = {name: x.where(x.isfinite(), math.nan) for name, x in scores.items()}
+    reward = scores["reward"]
+    deviation = (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
+    flat = ~(deviation >= floor)                    # NaN, of a group without rewards, too
+    return {name: x.nanmean() for name, x in scores.items()} | {
+        "not_finite": reward.isnan().float().sum(), "deviation": deviation.nanmean(),
+        "flat_groups": flat.float().mean()}
+
+
+def report_not_finite(rows: list[dict], results: dict[str, dict[str, Tensor]],
+                      columns: list[str]) -> int:
+    """Exit code of a run: 1, with a line on stderr, if numbers were not finite."""
+    skipped, left_out = (sum(row[name] for row in rows) for name in ("skipped", "not_finite"))
+    finite = all(scores[c].isfinite().all() for scores in results.values() for c in columns)
+    if skipped or left_out or not finite:
+        print(f"arcopo: not finite: {skipped:g} updates were skipped, {left_out:g} rewards left "
+              "out" + ("" if finite else ", and the table has NaN or infinity"), file=sys.stderr)
+    return int(skipped > 0 or left_out > 0 or not finite)
 
 
 def write_report(folder: Path, columns: list[str], chosen: str, clips: dict[str, Tensor],

@@ -6,12 +6,15 @@ import fcntl
 import io
 import json
 import math
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from statistics import mean, stdev
@@ -23,6 +26,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import arcopo
 import reward
@@ -30,6 +35,7 @@ from arcopo import (
     Adapter,
     Fork,
     Generator,
+    Method,
     Settings,
     choose_strength,
     clipped_objective,
@@ -589,7 +595,7 @@ def test_group_advantages():
             group_advantages(torch.full((12,), value), 0.8) == 0
         ).all()
     nearly = 0.001 * rewards
-    for p in (None, 0.8):
+    for p in (0.0, 0.8):
         assert (
             group_advantages(nearly, p, floor=0.1).abs().max()
             < 0.05 * group_advantages(rewards, p).abs().max()
@@ -662,7 +668,7 @@ def test_log_policies_are_the_plain_function_for_each_step_prompt_and_anchor():
     model, method = tiny(), tiny_method("on-policy", tau=0.5)
     branches = forked(model, 1)[0]
     with nonzero(Adapter.new(model, 4, 4.0, seeded(0))).on(model):
-        pairs = method.replayed(4, seeded(1))
+        pairs = method.draw_pairs(4, seeded(1))
         batched = method.log_policies(model, branches, *pairs.T)
         assert batched.shape == (3, 8, 4) and len(set(map(tuple, pairs.tolist()))) == 8
         for k, (t, b) in enumerate(pairs.tolist()):
@@ -694,7 +700,7 @@ def test_sde_log_policies_are_those_of_each_re_noising():
     model = tiny()
     branches = forked(model, 1, method="sde-grpo")[0]
     method = tiny_method("sde-grpo")
-    log_policies = method.log_policies(model, branches, *method.replayed(4, seeded(0)).T)
+    log_policies = method.log_policies(model, branches, *method.draw_pairs(4, seeded(0)).T)
     assert log_policies.shape == (3, 3, 4)
     for i, s in enumerate(model.timesteps[1:]):
         mean = (1 - s) * branches.candidates[:, i]
@@ -1056,6 +1062,70 @@ def test_cuda_agrees_with_the_cpu(bf16):
         assert row["skipped"] == 0 and (row["ratio_first"] == 1 or tiny_method(method).buffered)
 
 
+class Transfers(TorchDispatchMode):
+    """Where in arcopo.py a tensor goes from one device to another."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name in ("_to_copy", "copy_", "lift_fresh"):
+            source, target = (args[0], out) if name != "copy_" else (args[1], args[0])
+            if source.device != target.device:
+                names = [frame.name for frame in traceback.extract_stack()
+                         if Path(frame.filename).name == "arcopo.py"]
+                self.places.append(names[-1] if names else "")
+        return out
+
+
+@pytest.mark.parametrize("name", ["on-policy", "semi", "off-policy", "sde-grpo", "flow"])
+def test_every_method_runs_on_a_fake_gpu(name, monkeypatch):
+    """On torch's fake CUDA device, tensors on the wrong device raise. What needs values is
+    stubbed; its calls are counted: one decision an update, the metrics once."""
+    waits = []
+
+    def stub(result):
+        def call(x, *rest, **more):
+            if x.device.type == "cuda":
+                waits.append(traceback.extract_stack()[-2].name)
+            return result(x) if callable(result) else result
+        return call
+    for function, result in {"__bool__": True, "__int__": 1, "__index__": 0,
+                             "tolist": lambda x: [0.0] * x.numel()}.items():
+        monkeypatch.setattr(torch.Tensor, function, stub(result))
+    monkeypatch.setattr(FakeTensor, "tolist", torch.Tensor.tolist)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        model = Generator(16, 1, 2, flow=name == "flow").requires_grad_(False)
+        model.chunks = 2
+        plain = dict(group=3, anchors=2, prompts=2, rank=2, alpha=2.0)
+        kinds = {"semi": Method(**plain, buffered=True), "sde-grpo": sde_grpo.SdeGrpo(**plain),
+                 "off-policy": Method(**plain, buffered=True, clip_range=math.inf)}
+        method = kinds.get(name, Method(**plain))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        adapter = Adapter.new(model, 2, 2.0, seeded(0))
+
+        def backward(x):
+            for p in adapter.parameters():
+                p.grad = torch.zeros_like(p)
+        monkeypatch.setattr(torch.Tensor, "backward", backward)
+        optimizer = torch.optim.AdamW(adapter.parameters(), 1e-3)
+        brightness = lambda clips, prompts: {"reward": clips.flatten(1).mean(1)}
+        groups = partial(explore, model, method, TRAIN_PROMPTS, brightness, 2)
+        if method.buffered:
+            buffer = collect_buffer(model, method, TRAIN_PROMPTS, brightness, 2, 0)
+            groups = partial(draw_from, buffer, model, 2)
+        waits.clear()
+        with Transfers() as transfers:
+            row = iterate(model, adapter, optimizer, method, groups, seeded(1))
+    assert set(row) >= {"reward", "ratio_first", "grad_norm"}
+    loops = {"denoise", "rollout", "forward", "replay", "extend", "surrogate_log_policy"}
+    assert transfers.places and not loops & set(transfers.places)
+    assert len(waits) <= method.updates + 1
+
+
 # ------------------------------------------------------------------ other generators
 
 
@@ -1168,7 +1238,7 @@ def test_each_prompt_gets_its_own_times_whatever_the_shape(shape, flow):
         method = tiny_method(name)
         noise = draw_noise(model, 3, seeded(0))
         whole, _ = fork(model, prompts, 1, noise, *method.branch_noise(noise, 1, seeded(1)))
-        pairs = method.replayed(3, seeded(2))
+        pairs = method.draw_pairs(3, seeded(2))
         with nonzero(Adapter.new(model, 4, 4.0, seeded(0))).on(model):
             together = method.log_policies(model, whole, *pairs.T)
             for n in range(3):
@@ -1609,6 +1679,74 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, tiny_base):
     assert error.decode().strip().splitlines()[-1].endswith("continue with --resume run")
     record = reward.read_weights(tmp_path / "run" / "on-policy.checkpoint.safetensors", "")[1]
     assert len(record["state"]["rows"]) == len(read(rows))
+
+
+def share_of_an_update(part: slice, spoiled: bool = False) -> list[torch.Tensor]:
+    """Parameters after two updates on these of four groups; spoiled: the last one overflows."""
+    model, prompts = tiny(), TRAIN_PROMPTS[:4]
+    method, noise = tiny_method("on-policy"), draw_noise(model, 4, seeded(0))
+    branches, _ = fork(model, prompts, 1, noise, *method.branch_noise(noise, 1, seeded(1)))
+    if spoiled:
+        branches.candidates[-1] = 1e30
+    context = type(branches.context)(*(x[part] for x in branches.context))
+    branches = Fork(prompts[part], branches.prefix[part], context, branches.states[part],
+                    branches.candidates[part])
+    rewards = torch.randn(4, 4, generator=seeded(2))[part]
+    adapter = nonzero(Adapter.new(model, 4, 4.0, seeded(3)))
+    optimizer = torch.optim.SGD(adapter.parameters(), 1.0)
+    row = update(model, adapter, branches, rewards, method, optimizer, 2, seeded(4))
+    assert row["skipped"] == 2 * spoiled
+    return [p.detach() for p in adapter.parameters()]
+
+
+def one_of_two_processes(folder: Path, base: Path) -> None:
+    """What each process does in the test below, started by torchrun."""
+    rank = reward.RANK
+    torch.distributed.init_process_group("gloo")
+    parts = [share_of_an_update(slice(2 * rank, 2 * rank + 2), spoiled) for spoiled in (False, True)]
+    torch.save(parts, folder / f"{rank}.pt")
+    arguments = ["--method", "on-policy", "--steps", 3, "--save-every", 1, "--base", base, *TINY]
+    assert arcopo.main([*arguments, "--out", folder / "whole"]) == 0
+    plain, calls = arcopo.iterate, []
+
+    def dies(*a):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Crash
+        return plain(*a)
+    arcopo.iterate = dies
+    with pytest.raises(Crash):
+        arcopo.main([*arguments, "--out", folder / "killed"])
+    arcopo.iterate = plain
+    torch.distributed.barrier()
+    assert arcopo.main(["--resume", folder / "killed"]) == 0
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_are_one_with_the_groups_of_both(tmp_path, tiny_base):
+    """The update is that of one process to rounding, a gradient that is not finite on one skips
+    it on both, one writes, and a run resumes."""
+    code = ("import sys; from pathlib import Path; import test_arcopo; "
+            "test_arcopo.one_of_two_processes(*map(Path, sys.argv[1:]))")
+    (tmp_path / "worker.py").write_text(code)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*torchrun, tmp_path / "worker.py", tmp_path, tiny_base],
+                          env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    both = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    alone = share_of_an_update(slice(0, 4))
+    before = [p.detach() for p in nonzero(Adapter.new(tiny(), 4, 4.0, seeded(3))).parameters()]
+    for a, b, expected, start in zip(both[0][0], both[1][0], alone, before):
+        assert torch.equal(a, b)
+        assert torch.allclose(a - start, expected - start, rtol=1e-3, atol=1e-6)
+    assert any(not torch.equal(x, start) for x, start in zip(alone, before))
+    for spoiled in (both[0][1], both[1][1]):
+        assert all(torch.equal(x, start) for x, start in zip(spoiled, before))
+    whole, killed = (unfinished(tmp_path / name) for name in ("whole", "killed"))
+    assert whole == killed
+    assert {float(row["ratio_first"]) for row in whole["on-policy.csv"]} == {1.0}
+    assert done.stdout.count("Run folder") == 2         # of one process, in two runs
 
 
 @pytest.mark.parametrize("method", ["on-policy", "off-policy", "sde-grpo"])

@@ -1,88 +1,261 @@
-"""Seconds of an iteration without the reward (Sec. 3.2): python -m studies.cost
+"""What an iteration costs (C8), part by part: python -m studies.cost (settings of arcopo.py)
 
-The fork at each chunk and its update, beside sequence-level GRPO with the same G: each rollout runs
-all L chunks, and the gradient goes through all re-noising steps of all chunks of all G. Writes
-cost.csv, one row per round.
+Medians over rounds, side by side in one run. "counted" is what counting predicts: predictions of a
+chunk by a row, times 3 where a gradient follows; where the width changes, operations. Writes
+cost.csv: seconds, count, operations and peak memory of each part. Run it with nothing else running.
 """
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import torch
-from tqdm import tqdm
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from arcopo import (
-    Adapter,
-    draw_noise,
-    fork,
-    load_generator,
-    methods,
-    parse,
-    seeded,
-    update,
-)
-from reward import TRAIN_PROMPTS, UserError, append_row, check_folder, choose_device, command
+from arcopo import (Adapter, Fork, Generator, Method, Noise, draw_noise, fork, load, methods, parse,
+                    rollout, seeded, update)
+from reward import (TRAIN_PROMPTS, UserError, check_folder, command, markdown, progress,
+                    write_rows)
 from studies.sde_grpo import sde_grpo
 
 ROUNDS = 3
+SCALES = [("group", 6), ("group", 24), ("chunks", 2), ("chunks", 8), ("width", 128),
+          ("width", 512)]
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products inside, by the shapes of their two factors."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        factors = {"addmm": args[1:3], "mm": args[:2], "bmm": args[:2]}
+        name = function.overloadpacket.__name__
+        if name in factors:
+            self.shapes[tuple(tuple(x.shape) for x in factors[name])] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(call: Callable) -> tuple[float, object]:
+    synchronize()
+    began, result = time.perf_counter(), call()
+    synchronize()
+    return time.perf_counter() - began, result
+
+
+def peak_memory(call: Callable) -> float:
+    """Megabytes that a call needs above what is allocated before it; of the process on a CPU."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    status = lambda name: int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
+    Path("/proc/self/clear_refs").write_text("5")       # the peak starts from the present
+    before = status("VmRSS")
+    call()
+    return (status("VmHWM") - before) / 1e3
+
+
+def limit(shapes: Counter, device: torch.device) -> float:
+    """Operations per second that the matrix products reach by themselves."""
+    operations = seconds = 0.0
+    for (a, b), count in shapes.items():
+        x, y = torch.randn(a, device=device), torch.randn(b, device=device)
+        seconds += count * median(timed(lambda: x @ y)[0] for _ in range(5))
+        operations += count * 2 * x.numel() * b[-1]
+    return operations / seconds
+
+
+class Iteration:
+    """The parts of an iteration of a model at each pivot, without and with a gradient."""
+
+    def __init__(self, model: Generator, settings, **changes):
+        method = replace(methods(settings)["on-policy"], **changes)
+        self.model, self.method, self.seed = model, method, settings.seed
+        self.sde = sde_grpo(settings)
+        self.adapter = Adapter.new(model, method.rank, method.alpha, seeded(self.seed, "adapter"))
+        self.optimizer = torch.optim.AdamW(self.adapter.parameters(), method.lr, weight_decay=0)
+        self.prompts = TRAIN_PROMPTS[: method.prompts]
+        self.rewards = torch.randn(method.prompts, method.group, generator=seeded(self.seed))
+        self.rewards = self.rewards.to(model.device)
+
+    def noise(self, p: int, method: Method) -> tuple[Noise, tuple]:
+        rng = seeded(self.seed, "study")
+        noise = draw_noise(self.model, self.method.prompts, rng)
+        return noise, method.branch_noise(noise, p, rng)
+
+    def prefix(self, p: int) -> object:
+        with self.adapter.on(self.model):
+            context, noise = self.model.begin(self.prompts), self.noise(p, self.method)[0]
+            return rollout(self.model, context, noise, 0, p)
+
+    def explore(self, p: int, method: Method | None = None) -> tuple[Fork, torch.Tensor]:
+        noise, own = self.noise(p, method or self.method)
+        with self.adapter.on(self.model):
+            return fork(self.model, self.prompts, p, noise, *own)
+
+    def update(self, branches: Fork, method: Method | None = None) -> None:
+        update(self.model, self.adapter, branches, self.rewards, method or self.method,
+               self.optimizer, self.method.updates, seeded(0))
+
+    def independent(self) -> None:
+        """G rollouts of each prompt that share nothing."""
+        noise = self.noise(0, self.method)[0].repeat(self.method.group)
+        prompts = [prompt for prompt in self.prompts for _ in range(self.method.group)]
+        with self.adapter.on(self.model):
+            rollout(self.model, self.model.begin(prompts), noise, 0, self.model.chunks)
+
+    @torch.no_grad()
+    def uncached(self) -> None:
+        """As independent, but each prediction runs over all chunks before it again."""
+        noise = self.noise(0, self.method)[0].initial.repeat_interleave(self.method.group, 0)
+        prompts = [prompt for prompt in self.prompts for _ in range(self.method.group)]
+        with self.adapter.on(self.model):
+            for p in range(self.model.chunks):
+                for t in self.model.timesteps:
+                    context = self.model.begin(prompts)
+                    for q in range(p):
+                        context = self.model.extend(context, noise[:, q])
+                    self.model.predict(noise[:, p], t, context)
+
+
+def counts(model: Generator, m: Method) -> dict:
+    """Predictions of a chunk by a row in each part, by counting."""
+    T, L, P, G = len(model.timesteps), model.chunks, m.prompts, m.group
+    chunks = lambda first, last: max(0, (last - first) * (T + 1) - (last == L))     # none after L
+    row = {f"prefix {p + 1}": P * chunks(0, p) for p in range(L)}
+    row |= {f"fork {p + 1}": P * chunks(0, p) + P * G * chunks(p, L) for p in range(L)}
+    row |= {f"update {p + 1}": 3 * m.updates * P * m.anchors * T for p in range(L)}
+    return row | {"independent rollouts": P * G * chunks(0, L),
+                  "all branches, whole clip": 3 * m.updates * P * G * T * L,
+                  "uncached rollouts": P * G * T * L * (L + 1) / 2,
+                  "SDE-GRPO, fork": mean(row[f"fork {p + 1}"] for p in range(L)),
+                  "SDE-GRPO, update": 3 * m.updates * P * G * (T - 1)}
+
+
+def measure(it: Iteration, reward: Callable) -> dict[str, Callable]:
+    """{part: what runs it}, in the order of an iteration; a part may use the ones before it."""
+    L, m, parts, forks = it.model.chunks, it.method, {}, {}
+    every = replace(m, anchors=m.group)
+    names = [prompt for prompt in it.prompts for _ in range(m.group)]
+    for p in range(L):
+        parts[f"prefix {p + 1}"] = lambda p=p: it.prefix(p)
+        parts[f"fork {p + 1}"] = lambda p=p: forks.update({p: it.explore(p)})
+        parts[f"update {p + 1}"] = lambda p=p: it.update(forks[p][0])
+    parts["reward"] = lambda: reward(forks[0][1].flatten(0, 1).clone(), names)
+    parts["independent rollouts"] = it.independent
+    parts["uncached rollouts"] = it.uncached
+    parts["all branches, whole clip"] = lambda: [it.update(forks[p][0], every) for p in range(L)]
+    parts["SDE-GRPO, fork"] = lambda: forks.update(sde=it.explore(L // 2, it.sde))
+    parts["SDE-GRPO, update"] = lambda: it.update(forks["sde"][0], it.sde)
+    return parts
+
+
+def scaled(settings, width: int = 256, chunks: int = 4, **changes) -> Iteration:
+    """An iteration of an untrained model of another width or number of chunks."""
+    torch.manual_seed(0)
+    model = Generator(width).requires_grad_(False)
+    model.position = nn.Parameter(model.position[0].repeat(chunks, 1, 1), requires_grad=False)
+    model.chunks = chunks
+    return Iteration(model, settings, **changes)
+
+
+def operations(call: Callable) -> float:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 def study(settings) -> int:
     folder = Path(settings.out or time.strftime("runs/cost-%Y%m%d-%H%M%S"))
     check_folder(folder, new=True)
-    model = load_generator(
-        settings.base,
-        choose_device(settings.device),
-        settings.precision == "bf16",
-        settings.timesteps,
-    )
+    model, reward, _ = load(settings)
     if not model.solver_steps:
-        raise UserError("--base, --timesteps: sequence-level GRPO needs a sampler that adds noise")
-    P, G = settings.prompts, settings.group
-    adapter = Adapter.new(model, settings.rank, settings.alpha, seeded(settings.seed, "adapter"))
-    optimizer = torch.optim.AdamW(adapter.parameters(), settings.lr, weight_decay=0)
-    rewards = torch.randn(P, G, generator=seeded(settings.seed, "study")).to(model.device)
-    method, sde = methods(settings)["on-policy"], sde_grpo(settings)
-
-    def seconds(call: Callable) -> tuple[float, object]:
-        began = time.perf_counter()
-        result = call()
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
-        return time.perf_counter() - began, result
-
-    folder.mkdir(parents=True, exist_ok=bool(settings.out))
-    rows = []
-    for step in tqdm(range(ROUNDS + 1), desc="cost", unit="round"):
-        row, whole = {}, 0.0
-        for p in range(model.chunks):
-            generator = seeded(settings.seed, "study", step)
-            noise = draw_noise(model, P, generator)
-            own = method.branch_noise(noise, p, generator)
-            train = lambda m: update(
-                model, adapter, branches, rewards, m, optimizer, settings.updates, generator
-            )
-            with adapter.on(model):
-                row[f"fork_{p + 1}"], (branches, _) = seconds(
-                    lambda: fork(model, TRAIN_PROMPTS[:P], p, noise, *own)
-                )
-            row[f"update_{p + 1}"], _ = seconds(lambda: train(method))
-            whole += seconds(lambda: train(sde))[0]
-        if step > 0:  # the first round is a warm-up
-            rows.append(row | {"sequence_rollouts": row["fork_1"], "sequence_update": whole})
-            append_row(folder / "cost.csv", rows[-1])
-    print(f"{'seconds of an iteration':<24}{'rollouts':>10}{'update':>10}{'together':>10}")
-    parts = {
-        f"fork at chunk {p + 1}": (f"fork_{p + 1}", f"update_{p + 1}") for p in range(model.chunks)
-    }
-    parts["sequence-level GRPO"] = "sequence_rollouts", "sequence_update"
-    for name, pair in parts.items():
-        a, b = (mean(row[column] for row in rows) for column in pair)
-        print(f"{name:<24}{a:>10.2f}{b:>10.2f}{a + b:>10.2f}")
+        raise UserError("--base, --timesteps: SDE-GRPO needs a sampler that adds noise")
+    it = Iteration(model, settings)
+    parts, counted, L = measure(it, reward), counts(model, it.method), model.chunks
+    seconds = {name: [] for name in parts}
+    for step in progress(range(ROUNDS + 1), "cost", unit="round"):
+        for name, call in parts.items():
+            took = timed(call)[0]
+            if step > 0:                                    # the first round is a warm-up
+                seconds[name].append(took)
+    rows = [{"part": name, "seconds": median(seconds[name]), "counted": counted.get(name, ""),
+             "operations": operations(call), "megabytes": peak_memory(call)}
+            for name, call in parts.items()]
+    time_of = {row["part"]: row["seconds"] for row in rows}
+    with Products() as products:
+        parts["fork 1"](), parts["update 1"]()
+    work = sum(row["operations"] for row in rows if row["part"] in ("fork 1", "update 1"))
+    reached = work / (time_of["fork 1"] + time_of["update 1"])
+    top = limit(products.shapes, model.device)
+    rows += [{"part": "operations per second, fork 1 and update 1", "seconds": "", "counted": "",
+              "operations": reached, "megabytes": ""},
+             {"part": "operations per second, their matrix products alone", "seconds": "",
+              "counted": "", "operations": top, "megabytes": ""}]
+    for name, value in [("", 0), *SCALES]:
+        other = scaled(settings, **({name: value} if name else {}))
+        ends = (0, other.model.chunks - 1)                  # a mean over pivots: linear in them
+        whole = lambda: [other.update(other.explore(p)[0]) for p in ends]
+        whole()
+        took = median(timed(whole)[0] for _ in range(ROUNDS)) / 2
+        every = counts(other.model, other.method)
+        count = sum(every[f"fork {p + 1}"] + every[f"update {p + 1}"] for p in ends) / 2
+        rows.append({"part": f"iteration, {name} {value}" if name else "iteration",
+                     "seconds": took, "counted": count, "operations": operations(whole) / 2,
+                     "megabytes": peak_memory(whole)})
+    write_rows(folder / "cost.csv", rows)
+    print(report(rows, L, it.method.group) + f"\n\nwrote {folder}/cost.csv")
     return 0
+
+
+def report(rows: list[dict], L: int, G: int) -> str:
+    """Tables in Markdown from the rows of cost.csv."""
+    by = {row["part"]: row for row in rows}
+    number = lambda name, column="seconds": float(by[name][column])
+    average = lambda part, column: mean(number(f"{part} {p + 1}", column) for p in range(L))
+    table = [["part", "seconds", "10⁹ operations", "peak MB"]]
+    table += [[name, f"{number(name):.3f}", f"{number(name, 'operations') / 1e9:.1f}",
+               f"{number(name, 'megabytes'):.0f}"]
+              for name in by if by[name]["seconds"] != "" and not name.startswith("iteration")]
+    ratios = [["ratio", "measured", "counted"]]
+    for title, above, below in (
+            ("fork (mean over pivots) / independent rollouts", "fork", "independent rollouts"),
+            ("all branches, whole clip / update", "all branches, whole clip", "update"),
+            ("uncached / cached rollouts", "uncached rollouts", "independent rollouts")):
+        found = [(average(above, c) if above == "fork" else number(above, c))
+                 / (average(below, c) if below == "update" else number(below, c))
+                 for c in ("seconds", "counted")]
+        ratios.append([title, *(f"{x:.2f}" for x in found)])
+    whole = [(number("independent rollouts", c) + number("all branches, whole clip", c))
+             / (average("fork", c) + average("update", c)) for c in ("seconds", "counted")]
+    ratios.append(["sequence-level GRPO / an iteration", *(f"{x:.2f}" for x in whole)])
+    scales = [["iteration with", "seconds", "measured ratio", "counted ratio"]]
+    for name in by:
+        if name.startswith("iteration"):
+            column = "operations" if "width" in name else "counted"
+            scales.append([name[11:] or "the defaults", f"{number(name):.2f}",
+                           f"{number(name) / number('iteration'):.2f}",
+                           f"{number(name, column) / number('iteration', column):.2f}"])
+    fast, top = (number(f"operations per second, {what}", "operations")
+                 for what in ("fork 1 and update 1", "their matrix products alone"))
+    return "\n\n".join([markdown(table), markdown(ratios), markdown(scales),
+                        f"Fork 1 and update 1 reach {fast / 1e9:.0f} · 10⁹ operations per second, "
+                        f"{fast / top:.0%} of what their matrix products reach alone."])
 
 
 def main(arguments: list | None = None) -> int:

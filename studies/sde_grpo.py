@@ -15,18 +15,8 @@ import torch
 from torch import Tensor
 
 import arcopo
-from arcopo import (
-    SECTIONS,
-    Fork,
-    Generator,
-    Method,
-    Noise,
-    Settings,
-    load_generator,
-    neighbor_noise,
-    replay,
-    seeded,
-)
+from arcopo import (SECTIONS, Fork, Generator, Method, Noise, Settings, load_generator,
+                    neighbor_noise, replay, seeded)
 from reward import UserError, command, option, parse_options
 
 
@@ -35,16 +25,13 @@ LR, CLIP_RANGE = 5e-4, 1.2e-5
 
 @dataclass
 class SdeSettings(Settings):
-    policy: str = option(
-        "gaussian",
-        "gaussian (SDE-GRPO) or contrastive (AR-CoPO, all G anchors)",
-        "gaussian | contrastive",
-    )
-    sde_lr: float = option(LR, "learning rate of SDE-GRPO", "(0, inf)")
-    sde_clip_range: float = option(CLIP_RANGE, "its ε, which clips about as many terms", "(0, inf]")
-    reward_noise: float = option(
-        0.0, "deviation of Gaussian noise added to each training reward", "[0, inf)"
-    )
+    policy: str = option("gaussian", "gaussian (SDE-GRPO) or contrastive (AR-CoPO, all G anchors)",
+                         "gaussian | contrastive")
+    sde_lr: float = option(LR, "learning rate of SDE-GRPO", "(0, 1e6]")
+    sde_clip_range: float = option(CLIP_RANGE, "its ε, which clips about as many terms",
+                                   "(0, inf]")
+    reward_noise: float = option(0.0, "deviation of Gaussian noise added to each training reward",
+                                 "[0, 1e6]")
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,29 +47,27 @@ def gaussian_log_density(x: Tensor, mean: Tensor, std: float | Tensor) -> Tensor
 
 
 class SdeGrpo(Method):
-    def branch_noise(
-        self, noise: Noise, pivot: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def branch_noise(self, noise: Noise, pivot: int,
+                     rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Only the solver noise differs: [P, G, *chunk_shape], [P, G, T-1, *chunk_shape]."""
         initial = neighbor_noise(noise.initial[:, pivot], 0.0, self.group)
-        solver = neighbor_noise(noise.solver[:, pivot], 1.0, self.group, generator)
+        solver = neighbor_noise(noise.solver[:, pivot], 1.0, self.group, rng)
         return initial.transpose(0, 1), solver.transpose(0, 1)
 
-    def replayed(self, T: int, generator: torch.Generator) -> Tensor:
+    def draw_pairs(self, T: int, rng: torch.Generator) -> Tensor:
         """The T - 1 steps that add noise; log_policies replays every branch there."""
         return torch.cartesian_prod(torch.arange(T - 1), torch.tensor([0]))
 
-    def log_policies(
-        self, model: Generator, branches: Fork, steps: Tensor, anchors: Tensor
-    ) -> Tensor:
-        """log N(x_s; (1-s) x̂₀^(θ), s² I) of each branch's own re-noising -> [P, K, G]; a mean over
-        elements, as in Flow-GRPO's code. `anchors` is not used."""
+    def log_policies(self, model: Generator, branches: Fork, step: Tensor,
+                     anchor: Tensor) -> Tensor:
+        """log N(x_t; (1-t) x̂₀^(θ), t² I) of each branch's own re-noising -> [P, K, G]; a mean over
+        elements, as in Flow-GRPO's code. `anchor` is not used."""
         G = self.group
-        every = torch.cartesian_prod(steps, torch.arange(G)).T
-        mean = replay(model, branches, *every).unflatten(1, (-1, G)).flatten(3)  # [P, K, G, D]
-        s = torch.tensor(model.timesteps, device=mean.device)[steps + 1].view(-1, 1, 1)
-        reached = branches.states[:, steps + 1].flatten(3)
-        return gaussian_log_density(reached, (1 - s) * mean, s).mean(-1)
+        every = torch.cartesian_prod(step, torch.arange(G, device=step.device)).T
+        mean = replay(model, branches, *every).unflatten(1, (-1, G)).flatten(3)     # [P, K, G, D]
+        t = torch.tensor(model.timesteps, device=mean.device)[step + 1].view(-1, 1, 1)
+        reached = branches.states[:, step + 1].flatten(3)
+        return gaussian_log_density(reached, (1 - t) * mean, t).mean(-1)
 
 
 def sde_grpo(settings: Settings, lr: float = LR, clip_range: float = CLIP_RANGE) -> SdeGrpo:
