@@ -1523,6 +1523,11 @@ def test_script_runs_the_recipe_and_samples_from_its_adapter(tmp_path, tiny_base
     sampling = ["--sample", PROMPTS[0], "--base", tiny_base, "--adapter", folder / "merged"]
     assert script(*sampling, "--out", "c.gif", cwd=tmp_path).returncode == 0
     assert iio.imread(tmp_path / "c.gif").shape[0] == 12
+    (snippet,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    snippet = snippet.replace("load_generator()", f"load_generator({str(tiny_base)!r})")
+    snippet = snippet.replace("runs/smoke", str(folder))
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=HERE, capture_output=True, text=True)
+    assert done.stdout.startswith("tensor(0."), done.stderr
     semi = ["--method", "semi", "--steps", 1, "--base", tiny_base, "--out", "again"]
     again = script(*semi, "--buffer", folder / "buffer.safetensors", *TINY, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
