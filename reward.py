@@ -752,10 +752,12 @@ class ClipReward:
     name: 'ARCH:TAG' of open_clip ('ViT-B-32:laion2b_s34b_b79k', downloaded once), 'ARCH:FILE' with
     local weights, or a folder (or a file in it) with open_clip_config.json and
     open_clip_model.safetensors. Weights are safetensors, or a .pt file that torch loads with
-    weights_only, which runs no code of the file. Raises UserError.
+    weights_only, which runs no code of the file. whole: frames that are not square are padded with
+    black, not cropped. Raises UserError.
     """
 
-    def __init__(self, name: str = str(ASSETS / "clip"), device: str | torch.device = "cpu"):
+    def __init__(self, name: str = str(ASSETS / "clip"), device: str | torch.device = "cpu",
+                 whole: bool = False):
         import open_clip  # slow to import: only where needed
 
         architecture, _, weights = ("", "", name) if Path(name).exists() else name.rpartition(":")
@@ -795,7 +797,7 @@ class ClipReward:
             raise UserError(f"--clip {name}: open_clip cannot load it "
                             f"({one_line(error)})") from error
         self.model.requires_grad_(False)
-        self.device = torch.device(device)
+        self.device, self.whole = torch.device(device), whole
         self.texts, self.frames = {}, (lambda: None, None)      # what was encoded already
 
     @torch.no_grad()
@@ -806,21 +808,23 @@ class ClipReward:
     @torch.no_grad()
     def frame_features(self, frames: Tensor) -> Tensor:
         """frames [N, 3, H, W] in [0, 1] -> unit vectors [N, D]. The model's own preprocessing: the
-        shorter side is resized, then the centre is cropped."""
+        shorter side is resized, then the centre is cropped; whole: the longer, then padded."""
         visual, features = self.model.visual, []
         size = visual.image_size
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
         mean, std = (torch.tensor(v, device=self.device)[:, None, None]
                      for v in (visual.image_mean, visual.image_std))
-        scale = max(height / frames.shape[2], width / frames.shape[3])
-        resized = [max(s, round(scale * n)) for s, n in zip((height, width), frames.shape[2:])]
-        top, left = (resized[0] - height) // 2, (resized[1] - width) // 2
+        fit = min if self.whole else max
+        scale = fit(height / frames.shape[2], width / frames.shape[3])
+        resized = [fit(s, round(scale * n)) for s, n in zip((height, width), frames.shape[2:])]
+        top, left = int((height - resized[0]) / 2), int((width - resized[1]) / 2)   # < 0: crop
+        edges = left, width - resized[1] - left, top, height - resized[0] - top
         for part in frames.split(256):
             part = part.to(self.device, torch.float32)
             if list(part.shape[2:]) != resized:
                 part = F.interpolate(part, resized, mode="bicubic", antialias=True).clamp(0, 1)
-            part = part[:, :, top : top + height, left : left + width]
-            features.append(self.model.encode_image((part - mean) / std, normalize=True).float())
+            part = (F.pad(part, edges) - mean) / std
+            features.append(self.model.encode_image(part, normalize=True).float())
         return torch.cat(features)
 
     def clip_features(self, clips: Tensor) -> Tensor:
@@ -858,9 +862,10 @@ def downloaded(file: str, url: str) -> Path:
 
 
 def hps(device: str, architecture: str = "ViT-H-14") -> Callable:
-    """HPSv2.1 (Wu et al. 2023): cosine of frames and prompt, a CLIP tuned to human preference."""
+    """HPSv2.1 (Wu et al. 2023): cosine of frames and prompt, a CLIP tuned to human preference, of
+    whole frames as in its own code."""
     file = downloaded("HPS_v2.1_compressed.pt", "https://huggingface.co/xswu/HPSv2")
-    return ClipReward(f"{architecture}:{file}", device).text_alignment
+    return ClipReward(f"{architecture}:{file}", device, whole=True).text_alignment
 
 
 class Aesthetic:

@@ -327,6 +327,23 @@ def test_frames_are_resized_by_the_shorter_side_and_cropped(clip):
     assert torch.cosine_similarity(clip.frame_features(frames), expected).min() > 0.999
 
 
+@pytest.mark.parametrize("height, width", [(70, 95), (95, 70), (64, 64)])
+def test_hps_sees_the_whole_frame(clip, height, width):
+    """As in HPSv2's own code: the longer side is resized, what is left is black on both sides."""
+    frames, seen = torch.rand(2, 3, height, width, generator=seeded(0)), []
+    whole = ClipReward(whole=True)
+    whole.model.encode_image = lambda x, normalize: seen.append(x) or torch.zeros(len(x), 1)
+    whole.frame_features(frames)
+    visual = whole.model.visual
+    mean, std = (torch.tensor(v)[:, None, None] for v in (visual.image_mean, visual.image_std))
+    size = [round(32 * n / max(height, width)) for n in (height, width)]
+    small = nn.functional.interpolate(frames, size, mode="bicubic", antialias=True).clamp(0, 1)
+    expected = torch.zeros(2, 3, 32, 32)
+    top, left = ((32 - n) // 2 for n in size)
+    expected[:, :, top : top + size[0], left : left + size[1]] = small
+    assert torch.allclose(seen[0] * std + mean, expected, atol=1e-5)
+
+
 # ------------------------------------------------------------------ model, sampler, fork
 
 
