@@ -194,8 +194,8 @@ class Generator(nn.Module):
     No guidance: the policy is one call of predict. predict has no side effect, extend changes
     neither argument, and a row's result does not depend on the other rows. A Context can be any
     object with repeat(times): row n * times + b is row n again. Nothing writes to a Context, so
-    copies may share memory. An Adapter applies to the nn.Linear layers of the module. To save and
-    load adapters and buffers it also has a `fingerprint`, a hash of its weights.
+    copies may share memory. An Adapter applies to the nn.Linear layers of the module. Optional:
+    `fingerprint`, a hash of the weights, so that an adapter of other weights is refused.
     """
 
     chunk_shape, chunks, fingerprint = (CHUNK_FRAMES, 3, SIZE, SIZE), CHUNKS, ""
@@ -489,11 +489,11 @@ class Adapter:
             yield model
 
     def save(self, folder: str | Path, record: dict) -> None:
-        """In peft's format; the record (base, times, step ...) is in the safetensors header."""
+        """In peft's format; the record, of which load checks base and timesteps, is in the header."""
         write_adapter(Path(folder), self.weights, self.rank, self.alpha, record)
 
     @classmethod
-    def load(cls, folder: str | Path, model: Generator) -> "Adapter":
+    def load(cls, folder: str | Path, model: nn.Module) -> "Adapter":
         """Raises UserError: missing, broken, or made for another base or other times."""
         return cls(*read_adapter(Path(folder), model))
 
@@ -624,7 +624,8 @@ def collect_buffer(model: Generator, method: Method, prompts: list[str], reward:
         branches, scores = explore(model, method, prompts, reward, P, seeded(seed, "buffer", first))
         for i, prompt in enumerate(branches.prompts):
             tensors = {name: getattr(branches, name)[i].half().cpu() for name in STORED}
-            buffer.append({"prompt": prompt} | tensors | {"reward": scores["reward"][i].cpu()})
+            tensors["reward"] = scores["reward"][i].clone().cpu()
+            buffer.append({"prompt": prompt} | tensors)
     return buffer
 
 
@@ -839,7 +840,8 @@ def run(settings: Settings, own: dict[str, Method] | None = None,
         chosen, models, clips, results = compare(model, reward, adapters, sweep,
                                                  settings.judge_samples, settings.seed)
         if chosen:
-            models[chosen].save(folder / "merged", record | {"method": f"merged, {chosen}"})
+            models[chosen].save(folder / "merged", record | {"method": f"merged, {chosen}", "step":
+                                settings.steps, "steps": settings.steps, "seed": settings.seed})
         columns = ["reward", *reward.functions, *JUDGED]
         write_report(folder, columns, chosen, clips, results,
                      f"{trained / 60:.1f} minutes to load and train on {model.device} "

@@ -339,15 +339,15 @@ def read_adapter(folder: Path, model) -> tuple[dict[str, tuple[Tensor, Tensor]],
     weights, expected = {}, {}
     with user_error(f"--adapter {folder}: not an adapter of this base"):
         for name in dict.fromkeys(n[len(PEFT) : -len(".lora_A.weight")] for n in tensors):
-            out, into = model.get_submodule(name).weight.shape
+            out, into = (weight := model.get_submodule(name).weight).shape
             keys = [f"{PEFT}{name}.lora_{x}.weight" for x in "AB"]
             for key, shape in zip(keys, ((record["rank"], into), (out, record["rank"]))):
                 expected[key] = shape, torch.float32
-            weights[name] = tuple(tensors[key].to(model.device) for key in keys)
+            weights[name] = tuple(tensors[key].to(weight.device) for key in keys)
         check_tensors(tensors, expected)
-        if record["base"] != model.fingerprint:
+        if record.get("base", "") != getattr(model, "fingerprint", ""):
             raise ValueError("it was trained on other weights; name them with --base")
-        if record["timesteps"] != list(model.timesteps):
+        if "timesteps" in record and record["timesteps"] != list(model.timesteps):
             raise ValueError("it was trained at other times; name them with --timesteps "
                              + ",".join(f"{t:g}" for t in record["timesteps"]))
         return weights, float(record["alpha"])
@@ -370,13 +370,12 @@ def load_buffer(file: str | Path, model, about: dict) -> list[dict]:
     buffer, expected = [], {}
     with user_error(f"--buffer {file}: not a buffer"):
         for i, prompt in enumerate(found["prompts"]):
-            names = ("prefix", "states", "candidates", "reward")
-            buffer.append({"prompt": prompt} | {name: tensors[f"{i}.{name}"] for name in names})
-            half = len(model.timesteps), about["group"], *model.chunk_shape
-            prefix = min(len(buffer[i]["prefix"]), model.chunks - 1), *model.chunk_shape
-            expected |= {f"{i}.prefix": (prefix, torch.half), f"{i}.states": (half, torch.half),
-                         f"{i}.candidates": (half, torch.half),
-                         f"{i}.reward": ((about["group"],), torch.float32)}
+            pivot = min(len(tensors[f"{i}.prefix"]), model.chunks - 1)
+            half = (len(model.timesteps), about["group"], *model.chunk_shape), torch.half
+            group = {"prefix": ((pivot, *model.chunk_shape), torch.half), "states": half,
+                     "candidates": half, "reward": ((about["group"],), torch.float32)}
+            buffer.append({"prompt": prompt} | {name: tensors[f"{i}.{name}"] for name in group})
+            expected |= {f"{i}.{name}": kind for name, kind in group.items()}
         check_tensors(tensors, expected)
         model.begin(found["prompts"])
     return buffer

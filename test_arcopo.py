@@ -1328,6 +1328,32 @@ def test_lora_is_in_float32_beside_bfloat16_weights(tmp_path):
         assert all(torch.equal(x, y) for x, y in zip(pair, adapter.weights[name]))
 
 
+def test_adapters_of_ones_own_model_are_saved_and_loaded(tmp_path):
+    """Of any module with linear layers: no fingerprint, no times, no record."""
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+    adapter = nonzero(Adapter.new(model, 2, 4.0, seeded(0)))
+    adapter.save(tmp_path, {})
+    x = torch.randn(7, 3, generator=seeded(1))
+    with adapter.on(model):
+        expected = model(x)
+    with Adapter.load(tmp_path, model).on(model):
+        assert torch.equal(model(x), expected)
+    assert not torch.equal(model(x), expected)
+    base = arcopo.load_generator()
+    Adapter.new(base, 2, 2.0).save(tmp_path, {})
+    with pytest.raises(UserError, match="other weights"):
+        Adapter.load(tmp_path, base)
+
+
+def test_the_buffer_does_not_share_memory_with_what_a_reward_returns():
+    own = torch.zeros(8)  # a reward may use one tensor again and again
+    again = lambda clips, prompts: {"reward": own.copy_(clips.flatten(1).mean(1))}
+    buffer = collect_buffer(Other(), tiny_method("semi"), ["a", "b"], again, 4, 0)
+    expected = collect_buffer(Other(), tiny_method("semi"), ["a", "b"], level, 4, 0)
+    for one, other in zip(buffer, expected, strict=True):
+        assert torch.equal(one["reward"], other["reward"])
+
+
 def test_lora_goes_on_the_layers_named_and_on_nothing_else():
     model = tiny()
     linear = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
@@ -1533,6 +1559,9 @@ def test_script_runs_the_recipe_and_samples_from_its_adapter(tmp_path, tiny_base
     found = {name: record[name] for name in ("method", "step", "steps", "seed", "base")}
     expected = {"method": "semi", "step": 3, "steps": 3, "seed": 0, "base": model.fingerprint}
     assert found == expected
+    record = reward.read_weights(folder / "merged" / "adapter_model.safetensors", "")[1]
+    assert record | expected | {"method": record["method"]} == record
+    assert record["method"].startswith("merged, s")
     assert iio.imread(folder / "models.gif").shape[0] == 12
     report = (folder / "report.md").read_text(encoding="utf-8")
     assert report in done.stdout
