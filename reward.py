@@ -22,6 +22,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -486,7 +487,8 @@ def run_folder(folder: Path, settings, about: dict):
         except OSError as error:
             raise UserError(f"{folder}: another process writes to it; wait or stop it") from error
         if not file.exists():
-            about = version() | about | {"torch": torch.__version__, "command": " ".join(sys.argv),
+            called = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+            about = version() | about | {"torch": torch.__version__, "command": called,
                                          "date": time.strftime("%Y-%m-%d %H:%M:%S %z")}
             write_whole(file, json.dumps({"settings": asdict(settings), "run": about}, indent=1))
         elif json.loads(file.read_text(encoding="utf-8"))["run"]["base"] != about["base"]:

@@ -1272,7 +1272,7 @@ def test_each_prompt_gets_its_own_times_whatever_the_shape(shape, flow):
 def test_slices_change_nothing_but_the_memory(model, method):
     """micro rows at a time: the same branches, clips, ratios and gradient, to rounding."""
     found = []
-    for micro in (0, 3, 7):
+    for micro in (0, 3, 7, 15):  # of 15, the slices are not equal
         chosen = tiny_method(method, prompts=3, micro=micro)
         noise = draw_noise(model, 3, seeded(0))
         own = chosen.branch_noise(noise, 1, seeded(1))
@@ -1554,7 +1554,8 @@ def test_script_runs_the_recipe_and_samples_from_its_adapter(tmp_path, tiny_base
         assert torch.allclose(B @ A, merged.weights[name][1] @ merged.weights[name][0], atol=1e-7)
     saved = json.loads((folder / "settings.json").read_text())
     assert saved["settings"]["group"] == 3 and saved["run"]["base"] == model.fingerprint
-    assert {"commit", "code", "torch", "device", "date", "command"} <= set(saved["run"])
+    assert {"commit", "code", "torch", "device", "date"} <= set(saved["run"])
+    assert saved["run"]["command"].startswith("arcopo.py --steps 3 --base ")
     record = reward.read_weights(folder / "semi" / "adapter_model.safetensors", "")[1]
     found = {name: record[name] for name in ("method", "step", "steps", "seed", "base")}
     expected = {"method": "semi", "step": 3, "steps": 3, "seed": 0, "base": model.fingerprint}
