@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from reward import (ASSETS, CHUNKS, CHUNK_FRAMES, COLOURS, HELD_OUT_PROMPTS, JUDGED, MOTIONS, RANK,
                     SHAPES, SIZE, TRAIN_PROMPTS, TrainingLog, UserError, WeightedReward, attributes,
-                    check_gif, check_options, choose_device, command, deferred_interrupt,
+                    check_gif, check_settings, choose_device, command, deferred_interrupt,
                     device_name, evaluate, load_buffer, load_reward, open_run, option,
                     parse_options, parse_rewards, parse_sweep, parse_times, progress, read_adapter,
                     read_model, read_prompts, report_not_finite, reward_metrics, run_folder,
@@ -112,23 +112,7 @@ class Settings(Training):
     judge_samples: int = option(8, "clips of each held-out prompt in the final table", "[1, 1000]")
     judge_every: int = option(20, "iterations between points of the held-out curve", "[1, 1e6]")
 
-    def __post_init__(self):
-        check_options(self)
-        changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
-        for wrong, message in (
-                (self.adapter and not self.sample, f"--adapter {self.adapter}: use it with "
-                 "--sample"),
-                (self.sample and self.method, "--sample and --method: give one of them"),
-                (self.buffer and (self.sample or self.method == "on-policy"), f"--buffer "
-                 f"{self.buffer}: not used here; give it with the recipe, semi or off-policy"),
-                (self.resume and changed != {"resume"}, f"--resume {self.resume}: its settings are "
-                 "from the run; give no other"),
-                (self.anchors > self.group, f"--anchors {self.anchors}: must be at most --group "
-                 f"({self.group})"),
-                (0 < self.micro < self.prompts, f"--micro {self.micro}: must be at least --prompts "
-                 f"({self.prompts})")):
-            if wrong:
-                raise UserError(message)
+    __post_init__ = check_settings
 
 
 # ------------------------------------------------------------------ generator
@@ -489,7 +473,7 @@ class Adapter:
             yield model
 
     def save(self, folder: str | Path, record: dict) -> None:
-        """In peft's format; the record, of which load checks base and timesteps, is in the header."""
+        """In peft's format; the record, of which load checks base and timesteps, in the header."""
         write_adapter(Path(folder), self.weights, self.rank, self.alpha, record)
 
     @classmethod
@@ -601,7 +585,7 @@ def explore(model: Generator, method: Method, prompts: list[str], reward: Callab
     Departure: the P prompts share the pivot, so that they run as one batch.
     """
     chosen = [prompts[i] for i in torch.randperm(len(prompts), generator=rng)[:P]]
-    pivot = int(torch.randint(model.chunks, (), generator=rng))               # line 1
+    pivot = int(torch.randint(model.chunks, (), generator=rng))                     # line 1
     noise = draw_noise(model, P, rng)
     initial, solver = method.branch_noise(noise, pivot, rng)                        # line 4
     branches, clips = fork(model, chosen, pivot, noise, initial, solver, method.micro)  # 2, 3, 5

@@ -114,6 +114,27 @@ def check_options(settings) -> None:
             raise UserError(f"{flag(f.name)} {value}: must be one of {valid}")
 
 
+def check_settings(settings) -> None:
+    """check_options, and settings that contradict each other or lack effect. Raises UserError."""
+    check_options(settings)
+    changed = {f.name for f in fields(settings) if getattr(settings, f.name) != f.default}
+    if settings.adapter and not settings.sample:
+        raise UserError(f"--adapter {settings.adapter}: use it with --sample")
+    if settings.sample and settings.method:
+        raise UserError("--sample and --method: give one of them")
+    if settings.buffer and (settings.sample or settings.method == "on-policy"):
+        raise UserError(f"--buffer {settings.buffer}: not used here; give it with the recipe, semi "
+                        "or off-policy")
+    if settings.resume and changed != {"resume"}:
+        raise UserError(f"--resume {settings.resume}: its settings are from the run; give no other")
+    if settings.anchors > settings.group:
+        raise UserError(f"--anchors {settings.anchors}: must be at most --group "
+                        f"({settings.group})")
+    if 0 < settings.micro < settings.prompts:
+        raise UserError(f"--micro {settings.micro}: must be at least --prompts "
+                        f"({settings.prompts})")
+
+
 def parse_options(cls: type, sections: dict[str, str], arguments: list | None, description: str):
     """Command-line arguments, as strings, numbers or paths, -> a dataclass of options.
 

@@ -1755,7 +1755,8 @@ def one_of_two_processes(folder: Path, base: Path) -> None:
     """What each process does in the test below, started by torchrun."""
     rank = reward.RANK
     torch.distributed.init_process_group("gloo")
-    parts = [share_of_an_update(slice(2 * rank, 2 * rank + 2), spoiled) for spoiled in (False, True)]
+    share = slice(2 * rank, 2 * rank + 2)
+    parts = [share_of_an_update(share, spoiled) for spoiled in (False, True)]
     torch.save(parts, folder / f"{rank}.pt")
     arguments = ["--method", "on-policy", "--steps", 3, "--save-every", 1, "--base", base, *TINY]
     assert arcopo.main([*arguments, "--out", folder / "whole"]) == 0
