@@ -1416,7 +1416,7 @@ class Network(nn.Module):
 
     def forward(self, x, t, text, caches, current_start):
         patches = nn.functional.pixel_unshuffle(x, 2).movedim(2, 4)  # [1, F, h, w, 4C]
-        y = self.into(patches) + self.time(t[..., None] / 1000)[:, :, None, None]
+        y = self.into(patches) + self.time(t[..., None].to(x) / 1000)[:, :, None, None]
         y = (y + self.text(text).mean(1)[:, None, None, None]).flatten(1, 3)
         for block, cache in zip(self.blocks, caches):
             q, k, v = block(y.tanh()).unflatten(2, (3, 2, 8)).unbind(2)
@@ -1461,6 +1461,13 @@ def test_the_self_forcing_example_on_a_stand_in(capsys):
     shared = [past[0][0][0].data_ptr() for past in context.pasts]
     assert len(set(shared)) == 2 and shared[0] == shared[2]  # nothing was copied
     assert sum(size for name, size in memory().items() if "CPU" not in name) < 80
+    half = SelfForcing(StandIn().bfloat16(), text, vae, (3, 4, 4, 4), 3)  # text in float32
+    assert half.begin(["a"]).texts[0].dtype == torch.bfloat16
+    adapter = nonzero(Adapter.new(half, 4, 4.0, seeded(0)))
+    optimizer, method = torch.optim.SGD(adapter.parameters(), 0.1), tiny_method("on-policy")
+    groups = lambda g: explore(half, method, ["a", "b"], level, 2, g)
+    row = iterate(half, adapter, optimizer, method, groups, seeded(0))
+    assert row["ratio_first"] == 1 and row["grad_norm"] > 0 and row["skipped"] == 0
 
 
 def test_own_model_learns():

@@ -1,10 +1,11 @@
 """Self-Forcing's own code with tiny random weights, on the CPU: called by self_forcing.py --check.
 
-Proves that the sampler equals Self-Forcing's own loop on the same noise, that branches are equal
-before the pivot, that the first ratio is exactly 1 and the gradient equals finite differences, and
-that a few iterations raise a toy reward. It reads a copy of that repository and writes nothing.
+Proves that the sampler equals Self-Forcing's own loop on the same noise, in float32 and bfloat16,
+that branches are equal before the pivot, that the first ratio is exactly 1 and the gradient equals
+finite differences, and that a few iterations raise a toy reward. It writes nothing.
 """
 
+import contextlib
 import sys
 import types
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from arcopo import Adapter, Settings, draw_noise, explore, fork, iterate, methods, sample, seeded
+from arcopo import (Adapter, Noise, Settings, draw_noise, explore, fork, iterate, methods, sample,
+                    seeded)
 from examples.self_forcing import SelfForcing
 
 
@@ -55,15 +57,19 @@ def check(model: SelfForcing, prompts: list[str]) -> None:
 
 class Text(nn.Module):
     """In place of T5: random embeddings, the same for the same prompt."""
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(32))
+
     def forward(self, text_prompts: list[str]) -> dict:
         texts = [torch.randn(5, 32, generator=seeded(0, prompt)) for prompt in text_prompts]
-        return {"prompt_embeds": torch.stack(texts)}
+        return {"prompt_embeds": torch.stack(texts).to(self.weight)}
 
 
 class Vae(nn.Module):
     """In place of the VAE: three of the latent's channels are the pixels."""
     def decode_to_pixel(self, latents: Tensor, use_cache: bool = False) -> Tensor:
-        return latents[:, :, :3]
+        return latents[:, :, :3].float()
 
 
 def tiny(repository: Path):
@@ -105,33 +111,33 @@ def tiny(repository: Path):
     return SelfForcing(wrapper, Text(), Vae(), (3, 16, 8, 8), 4), CausalInferencePipeline
 
 
-def compare(model: SelfForcing, pipeline_class: type, prompts: list[str]) -> None:
+def compare(model: SelfForcing, pipeline_class: type, prompts: list[str], dtype) -> None:
     """Self-Forcing's own sampling loop, with our noise in place of what it draws."""
-    noise = draw_noise(model, len(prompts), seeded(0))
+    noise = Noise(*(x.to(dtype).float() for x in draw_noise(model, len(prompts), seeded(0))))
     config = types.SimpleNamespace(denoising_step_list=[1000, 750, 500, 250], context_noise=0,
                                    warp_denoising_step=True, num_frame_per_block=3,
                                    independent_first_frame=False)
-    pipeline = pipeline_class(config, "cpu", model.wrapper, *model.outside)
+    pipeline = pipeline_class(config, "cpu", model.wrapper, *model.outside).to(dtype)
     pipeline.num_transformer_blocks, pipeline.frame_seq_length = 2, model.tokens // 3
-    caches = lambda: [{"k": torch.zeros(len(prompts), model.chunks * model.tokens, 2, 24),
-                       "v": torch.zeros(len(prompts), model.chunks * model.tokens, 2, 24)}
-                      for _ in range(2)]
+    shape = len(prompts), model.chunks * model.tokens, 2, 24
+    caches = lambda: [{n: torch.zeros(shape, dtype=dtype) for n in "kv"} for _ in range(2)]
     pipeline.kv_cache1, pipeline.crossattn_cache = caches(), caches()
-    drawn, torch.randn_like = torch.randn_like, lambda x: next(own).reshape(x.shape)
+    drawn, torch.randn_like = torch.randn_like, lambda x: next(own).reshape(x.shape).to(dtype)
     own = (noise.solver[:, p, i] for p in range(model.chunks) for i in range(model.solver_steps))
     try:
-        theirs = pipeline.inference(noise.initial.flatten(1, 2), prompts)
+        with contextlib.redirect_stdout(None):      # it prints every time
+            theirs = pipeline.inference(noise.initial.flatten(1, 2).to(dtype), prompts)
     finally:
         torch.randn_like = drawn
     difference = (sample(model, prompts, noise) - theirs).abs().max().item()
-    print(f"sampler: differs from Self-Forcing's own loop by {difference}")
+    print(f"sampler in {dtype}: differs from Self-Forcing's own loop by {difference}")
     assert difference < 1e-5
 
 
 def saved_for_backward(model: SelfForcing) -> float:
     """Bytes that a row at the last of 7 pivots saves, per token, layer and unit of width: the
     network in bf16, LoRA of rank 2 for its width of 48 (as 64 for 1,536)."""
-    net, sizes = model.wrapper.model.bfloat16(), {}
+    net, sizes = model.wrapper.model, {}
     layers, width = len(net.blocks), net.dim
     own = {p.untyped_storage().data_ptr() for p in net.parameters()}
     chunk = torch.randn(model.chunk_shape)
@@ -143,7 +149,7 @@ def saved_for_backward(model: SelfForcing) -> float:
         return x
     adapter = Adapter.new(model, 2, 2.0, seeded(0))
     own |= {p.untyped_storage().data_ptr() for p in adapter.parameters()}
-    text = model.begin(["a cat"]).texts[0].bfloat16()
+    text = model.begin(["a cat"]).texts[0]
     with adapter.on(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         kept = model.row(chunk, torch.tensor(1.0), text, ((past,) * layers,) * 6)
     assert kept[0].requires_grad
@@ -154,6 +160,7 @@ def saved_for_backward(model: SelfForcing) -> float:
 def main(repository: Path) -> None:
     prompts = ["a cat", "a dog", "a boat"]
     model, pipeline_class = tiny(repository)
-    compare(model, pipeline_class, prompts[:1])
+    compare(model, pipeline_class, prompts[:1], torch.float32)
     check(model, prompts)
+    compare(model, pipeline_class, prompts[:1], torch.bfloat16)
     print(f"a row saves {saved_for_backward(model):.0f} bytes per token, layer and unit of width")

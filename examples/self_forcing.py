@@ -4,10 +4,12 @@
 
 runs check_self_forcing.py: its own code with tiny random weights on the CPU, against its own
 pipeline. Without --check it prints the memory that 1.3 B needs. No run with the real weights was
-made. In a trainer of that repository:
+made. In the folder of that repository, with its weights:
 
-    model = SelfForcing(WanDiffusionWrapper(is_causal=True, timestep_shift=5.0).to("cuda",
-                        torch.bfloat16), WanTextEncoder(), WanVAEWrapper())
+    wrapper = WanDiffusionWrapper(is_causal=True, timestep_shift=5.0)
+    wrapper.load_state_dict(torch.load("checkpoints/self_forcing_dmd.pt")["generator_ema"])
+    parts = wrapper, WanTextEncoder(), WanVAEWrapper()
+    model = SelfForcing(*(part.to("cuda", torch.bfloat16) for part in parts))
     method = methods(Settings(sigma=0.5, lr=1e-5, rank=64, alpha=128.0, prompts=1, micro=1))
 
 and then as examples/own_model.py does. Not supported: a rolling window (local_attn_size).
@@ -51,7 +53,7 @@ class SelfForcing(nn.Module):
 
     def begin(self, prompts: list[str]) -> Context:
         texts = self.outside[0](text_prompts=list(prompts))["prompt_embeds"]
-        return Context(tuple(texts), ((),) * len(prompts))
+        return Context(tuple(texts.to(next(self.wrapper.parameters()))), ((),) * len(prompts))
 
     def row(self, x: Tensor, t: Tensor, text: Tensor, past: tuple) -> tuple[Tensor, list]:
         """One row: x [*chunk_shape] at time t -> x̂₀, and the layers' caches."""
@@ -94,7 +96,7 @@ class SelfForcing(nn.Module):
 
 def memory(saved: float = 142.0, prompts: int = 1, group: int = 12, rank: int = 64) -> dict:
     """Gigabytes at 1.3 B: 30 layers of width 1,536, 7 chunks of 4,680 tokens, bf16 weights, LoRA in
-    fp32, --micro 1, each place at its worst pivot.
+    fp32, --micro 1, each place at its worst pivot. Not counted: what the VAE needs to decode.
 
     saved: bytes that a row at the last pivot saves for backward, per token, layer and unit of
     width; check_self_forcing.py measures it on the tiny network.
@@ -105,6 +107,7 @@ def memory(saved: float = 142.0, prompts: int = 1, group: int = 12, rank: int = 
     lora = layers * rank * (16 * width + 2 * (width + inner))
     return {name: size / 1e9 for name, size in {
         "weights": 2 * weights,
+        "text encoder (umt5-xxl)": 2 * 4096 * (256384 + 24 * (4 * 4096 + 3 * 10240)),
         "LoRA, its gradient and AdamW": 16 * lora,
         "prefix of the prompts and chunks of a branch": prompts * 6 * cache,
         "working copy of a row": 7 * cache,
