@@ -44,13 +44,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reward import (ASSETS, CHUNKS, CHUNK_FRAMES, COLOURS, HELD_OUT_PROMPTS, JUDGED, MOTIONS, RANK,
-                    SHAPES, SIZE, TRAIN_PROMPTS, TrainingLog, UserError, WeightedReward, attributes,
-                    check_gif, check_settings, choose_device, command, deferred_interrupt,
-                    device_name, evaluate, load_buffer, load_reward, open_run, option,
-                    parse_options, parse_rewards, parse_sweep, parse_times, progress, read_adapter,
-                    read_model, read_prompts, report_not_finite, reward_metrics, run_folder,
-                    save_buffer, save_gif, seeded, write_adapter, write_report)
+from reward import (ASSETS, CHUNKS, CHUNK_FRAMES, COLOURS, HALVES, HELD_OUT_PROMPTS, JUDGED,
+                    MOTIONS, RANK, SHAPES, SIZE, TRAIN_PROMPTS, TrainingLog, UserError,
+                    WeightedReward, attributes, check_gif, check_settings, choose_device, command,
+                    deferred_interrupt, device_name, evaluate, load_buffer, load_reward, open_run,
+                    option, parse_options, parse_rewards, parse_sweep, parse_times, progress,
+                    read_adapter, read_model, read_prompts, report_not_finite, reward_metrics,
+                    run_folder, save_buffer, save_gif, seeded, write_adapter, write_report)
 
 
 # ------------------------------------------------------------------ settings
@@ -593,10 +593,10 @@ def explore(model: Generator, method: Method, prompts: list[str], reward: Callab
     return branches, {name: x.view(P, -1).to(model.device) for name, x in scores.items()}
 
 
-Buffer, STORED = list[dict], ("prefix", "states", "candidates")
+Buffer = list[dict]
 """Groups of semi-on-policy training (Sec. 3.3), made once by the reference policy and never
-changed: {"prompt": str, "reward": [G] and, in half precision, "prefix": [pivot, *chunk_shape],
-"states", "candidates": [T, G, *chunk_shape]}. No context: draw_from makes it from the prefix."""
+changed: {"prompt": str, "reward" and its components: [G] and, in half precision, "prefix": [pivot,
+*chunk_shape], "states", "candidates": [T, G, *chunk_shape]}. draw_from makes the context again."""
 
 
 def collect_buffer(model: Generator, method: Method, prompts: list[str], reward: Callable,
@@ -607,9 +607,9 @@ def collect_buffer(model: Generator, method: Method, prompts: list[str], reward:
         P = min(method.prompts, size - first)
         branches, scores = explore(model, method, prompts, reward, P, seeded(seed, "buffer", first))
         for i, prompt in enumerate(branches.prompts):
-            tensors = {name: getattr(branches, name)[i].half().cpu() for name in STORED}
-            tensors["reward"] = scores["reward"][i].clone().cpu()
-            buffer.append({"prompt": prompt} | tensors)
+            group = {name: getattr(branches, name)[i].half().cpu() for name in HALVES}
+            rewards = {name: x[i].clone().cpu() for name, x in scores.items()}
+            buffer.append({"prompt": prompt} | group | rewards)
     return buffer
 
 
@@ -624,14 +624,14 @@ def draw_from(buffer: Buffer, model: Generator, P: int,
     shuffled = [buffer[i] for i in torch.randperm(len(buffer), generator=rng)]
     pivot = len(shuffled[0]["prefix"])
     groups = [group for group in shuffled if len(group["prefix"]) == pivot][:P]
-    prefix, states, candidates, reward = (
-        torch.stack([group[name] for group in groups]).to(model.device).float()
-        for name in (*STORED, "reward"))
+    tensors = {name: torch.stack([group[name] for group in groups]).to(model.device).float()
+               for name in groups[0] if name != "prompt"}
+    prefix, states, candidates = map(tensors.pop, HALVES)
     prompts = [group["prompt"] for group in groups]
     context = model.begin(prompts)
     for x0 in prefix.unbind(1):
         context = model.extend(context, x0)
-    return Fork(prompts, prefix, context, states, candidates), {"reward": reward}
+    return Fork(prompts, prefix, context, states, candidates), tensors      # the rest: rewards
 
 
 # ------------------------------------------------------------------ training

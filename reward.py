@@ -375,11 +375,16 @@ def read_adapter(folder: Path, model) -> tuple[dict[str, tuple[Tensor, Tensor]],
         return weights, float(record["alpha"])
 
 
+HALVES = "prefix", "states", "candidates"               # a buffer's tensors in half precision
+
+
 def save_buffer(buffer: list[dict], file: Path, about: dict) -> None:
     """about: what the groups depend on."""
     tensors = {f"{i}.{name}": x for i, group in enumerate(buffer)
                for name, x in group.items() if name != "prompt"}
-    write_weights(file, tensors, about | {"prompts": [group["prompt"] for group in buffer]})
+    rewards = [name for name in buffer[0] if name not in ("prompt", *HALVES)]
+    prompts = [group["prompt"] for group in buffer]
+    write_weights(file, tensors, about | {"rewards": rewards, "prompts": prompts})
 
 
 def load_buffer(file: str | Path, model, about: dict) -> list[dict]:
@@ -396,6 +401,7 @@ def load_buffer(file: str | Path, model, about: dict) -> list[dict]:
             half = (len(model.timesteps), about["group"], *model.chunk_shape), torch.half
             group = {"prefix": ((pivot, *model.chunk_shape), torch.half), "states": half,
                      "candidates": half, "reward": ((about["group"],), torch.float32)}
+            group |= {name: group["reward"] for name in found["rewards"]}
             buffer.append({"prompt": prompt} | {name: tensors[f"{i}.{name}"] for name in group})
             expected |= {f"{i}.{name}": kind for name, kind in group.items()}
         check_tensors(tensors, expected)
