@@ -783,7 +783,7 @@ def test_replay_is_the_rollout_and_the_first_ratio_is_exactly_one(flow, bf16, an
     with adapter.on(model):
         branches = forked(model, 1)[0]
         pairs = torch.cartesian_prod(torch.arange(4), torch.arange(anchors)).T
-        replayed, stored = replay(model, branches, *pairs), branches.candidates[:, *pairs]
+        replayed, stored = replay(model, branches, *pairs), branches.candidates[:, pairs[0], pairs[1]]
         assert torch.allclose(replayed, stored, atol=0.05 if bf16 else 1e-5)
     optimizer = torch.optim.AdamW(adapter.parameters(), 1e-3)
     method = tiny_method("on-policy", anchors=anchors)
@@ -1538,6 +1538,7 @@ def test_script_runs_the_recipe_and_samples_from_its_adapter(tmp_path, tiny_base
     columns = "step pivot reward ta vq mq ratio_first clip_fraction flat_groups grad_norm seconds"
     assert set(columns.split()) <= set(rows[0])
     assert [row["step"] for row in read(folder / "semi-curve.csv")] == ["0", "2", "3"]
+    assert {"reward", "ta", "vq", "mq"} <= set(read(folder / "semi.csv")[0])
     judged = {row["model"]: row for row in read(folder / "judged.csv")}
     sweep = ["s = 0.4", "s = 0.6", "s = 0.8", "s = 1"]
     assert list(judged) == ["base", "semi", *sweep, "on-policy"]
@@ -1863,11 +1864,30 @@ def test_the_entropy_study_measures_a_change_only_where_noise_is_redrawn(flow, t
             assert (float(row[column]) < 1e-4) == (row["source"] == "nothing"), row
 
 
-def test_the_cost_study_counts_every_part(tmp_path, tiny_base, capsys):
+def test_the_cost_study_counts_every_part(tmp_path, tiny_base, capsys, monkeypatch):
+    """What it counts is the number of rows that predict gets; its report names the limit."""
+    monkeypatch.setattr(cost, "SCALES", [("group", 6), ("width", 32)])
+    monkeypatch.setattr(cost, "ROUNDS", 1)
     assert cost.main(["--base", tiny_base, "--out", tmp_path / "run", *TINY[:10]]) == 0
-    rows = list(csv.DictReader(open(tmp_path / "run" / "cost.csv")))
-    assert len(rows) == 3 and all(float(value) > 0 for row in rows for value in row.values())
-    assert "sequence-level" in capsys.readouterr().out
+    rows = {row["part"]: row for row in read(tmp_path / "run" / "cost.csv")}
+    assert len(rows) == 3 * CHUNKS + 6 + 2 + 3
+    assert all(float(row["operations"]) > 0 for name, row in rows.items() if name != "prefix 1")
+    assert "of what their matrix products reach" in capsys.readouterr().out
+    model, predicted = arcopo.load_generator(tiny_base), [0]
+    plain = model.forward
+
+    def counting(x, t, context):
+        predicted[0] += len(x) * (3 if torch.is_grad_enabled() else 1)
+        return plain(x, t, context)
+
+    model.forward = counting
+    it = cost.Iteration(model, tiny_settings(), anchors=2)
+    parts, counted = cost.measure(it, brightness), cost.counts(model, it.method)
+    for name, call in parts.items():
+        predicted[0] = 0
+        call()
+        if name in counted and name != "SDE-GRPO, fork":        # counted as the mean over pivots
+            assert predicted[0] == counted[name], name
 
 
 def test_studies_run_as_modules(tmp_path, tiny_base):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from arcopo import (Adapter, Noise, Settings, draw_noise, explore, fork, iterate, methods, sample,
+from arcopo import (Adapter, Method, Noise, draw_noise, explore, fork, iterate, sample,
                     seeded)
 from examples.self_forcing import SelfForcing
 
@@ -22,8 +22,8 @@ from examples.self_forcing import SelfForcing
 def check(model: SelfForcing, prompts: list[str]) -> None:
     """Prints, and raises AssertionError if a property of the method does not hold."""
     level = lambda clips, prompts: {"reward": clips.flatten(1).mean(1)}
-    settings = Settings(group=4, anchors=2, prompts=2, rank=4, alpha=4.0, micro=2, floor=1e-6)
-    method, noise = methods(settings)["on-policy"], draw_noise(model, 2, seeded(0))
+    method = Method(group=4, anchors=2, prompts=2, rank=4, alpha=4.0, micro=2, floor=1e-6)
+    noise = draw_noise(model, 2, seeded(0))
     branches, clips = fork(model, prompts[:2], 1, noise, *method.branch_noise(noise, 1, seeded(1)))
     clips = clips.unflatten(2, (model.chunks, -1))
     before, at = ((clips[:, :, p] - clips[:, :1, p]).abs().max().item() for p in (0, 1))

@@ -10,7 +10,7 @@ made. In the folder of that repository, with its weights:
     wrapper.load_state_dict(torch.load("checkpoints/self_forcing_dmd.pt")["generator_ema"])
     parts = wrapper, WanTextEncoder(), WanVAEWrapper()
     model = SelfForcing(*(part.to("cuda", torch.bfloat16) for part in parts))
-    method = methods(Settings(sigma=0.5, lr=1e-5, rank=64, alpha=128.0, prompts=1, micro=1))
+    method = Method(sigma=0.5, lr=1e-5, rank=64, alpha=128.0, prompts=1, micro=1)
 
 and then as examples/own_model.py does. Not supported: a rolling window (local_attn_size).
 """

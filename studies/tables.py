@@ -1,0 +1,229 @@
+"""Every number of README.md and EVIDENCE.md, from the CSVs here: python -m studies.tables
+
+Writes each table between its two comments, <!-- NAME --> and <!-- end -->. --check only compares.
+± is the standard deviation over seeds; a change is from the base of the same seed.
+"""
+
+import re
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+from reward import Parser, UserError, command, markdown, write_whole
+from studies.claims import read
+from studies.cost import report
+
+HERE = Path(__file__).resolve().parent
+FILES = HERE.parent / "README.md", HERE / "EVIDENCE.md"
+
+
+def rows_of(file: str, **wanted: str) -> list[dict]:
+    """Raises UserError if there are none."""
+    found = [row for row in read(HERE / file) if all(row[k] == v for k, v in wanted.items())]
+    if not found:
+        raise UserError(f"{HERE / file}: no rows with {wanted}; run python -m studies.claims")
+    return found
+
+
+def spread(values: list[float], digits: int, sign: str = "") -> str:
+    text = f"{mean(values):{sign}.{digits}f}"
+    return text + f" ± {stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def column(rows: list[dict], name: str) -> dict[str, float]:
+    """{seed: value}"""
+    return {row["seed"]: float(row[name]) for row in rows}
+
+
+def change(rows: list[dict], base: list[dict], name: str, digits: int = 2) -> str:
+    """Mean change of a column from the base of the same seed."""
+    start = column(base, name)
+    return spread([value - start[seed] for seed, value in column(rows, name).items()], digits, "+")
+
+
+def models(run: str) -> list[str]:
+    return list(dict.fromkeys(row["model"] for row in rows_of("results.csv", run=run)))
+
+
+def readme() -> str:
+    """The main table."""
+    shown = {"base": "base", "semi": "semi-on-policy (s = 0)", "s = 0.4": "merged, s = 0.4",
+             "s = 0.6": "merged, s = 0.6", "s = 1": "merged, s = 1", "on-policy": "on-policy"}
+    table = [["", "reward", "judge", "all right", "area, px²"]]
+    for model, label in shown.items():
+        rows = rows_of("results.csv", run="recipe", model=model)
+        table.append([label, *(spread(list(column(rows, name).values()), digits) for name, digits in
+                               (("reward", 2), ("judge", 3), ("all_right", 2), ("area", 0)))])
+    return markdown(table)
+
+
+def recipe() -> str:
+    """C3 and C6: Tables 1 and 3 of the paper."""
+    names = {"reward": 2, "judge": 3, "ta": 3, "vq": 2, "mq": 3, "area": 0, "spread": 1}
+    table = [["", *names]]
+    for model in models("recipe"):
+        rows = rows_of("results.csv", run="recipe", model=model)
+        table.append([model, *(spread(list(column(rows, n).values()), d)
+                               for n, d in names.items())])
+    return markdown(table)
+
+
+def entropy() -> str:
+    """C1: deviation of the pivot chunk by the initial noise over that by one solver noise."""
+    table = [["sampler's times", "solver noise", *(f"pivot {p}" for p in range(1, 5))]]
+    for line in dict.fromkeys(row["command"] for row in rows_of("entropy.csv")):
+        times = line.partition("--timesteps ")[2] or "1,0.1,0.05,0.02 (shipped)"
+        find = lambda source, p: column(rows_of("entropy.csv", command=line, source=source,
+                                                pivot=str(p)), "pivot_chunk")
+        for i in (1, 2, 3):
+            cells = []
+            for p in range(1, 5):
+                initial, solver = find("initial noise", p), find(f"solver noise {i}", p)
+                cells.append(spread([initial[s] / solver[s] for s in solver], 1))
+            table.append([times if i == 1 else "", str(i), *cells])
+    return markdown(table)
+
+
+def trained(run: str, names: dict[str, tuple], more: tuple = ()) -> list[list[str]]:
+    """Changes of the final table and metrics of the training: a row for each (label, model)."""
+    table = []
+    for label, (name, model) in names.items():
+        rows = rows_of("results.csv", run=name, model=model)
+        base = rows_of("results.csv", run=name, model="base", command=rows[0]["command"])
+        cells = [change(rows, base, "reward"), change(rows, base, "judge", 3)]
+        cells += [change(rows, base, n, d) for n, d in more]
+        table.append([label, str(len(rows)), *cells])
+    return table
+
+
+def training(run: str, model: str, name: str, digits: int) -> str:
+    return spread(list(column(rows_of("training.csv", run=run, training=model), name).values()),
+                  digits)
+
+
+def baseline() -> str:
+    """C2."""
+    names = {"AR-CoPO, 12 anchors": ("equal rows", "on-policy"),
+             "SDE-GRPO": ("equal rows", "sde-grpo")}
+    noisy = {"AR-CoPO, noisy reward": ("equal rows, noisy", "on-policy"),
+             "SDE-GRPO, noisy reward": ("equal rows, noisy", "sde-grpo")}
+    names |= {label: pair for label, pair in noisy.items()
+              if any(row["run"] == pair[0] for row in read(HERE / "results.csv"))}
+    table = [["", "seeds", "Δ reward", "Δ judge", "training reward", "clipped"]]
+    for row, pair in zip(trained("", names), names.values()):
+        table.append([*row, training(*pair, "last_reward", 2), training(*pair, "clip_fraction", 2)])
+    return markdown(table)
+
+
+def at_equal_ta() -> str:
+    """C4: the first point of each held-out curve at which TA has gained as much as semi's end."""
+    names = {"semi": ("ta", "semi"), "semi, lr 1e-3": ("ta, semi at 1e-3", "semi"),
+             "on-policy": ("ta", "on-policy"),
+             "on-policy, lr 4e-4": ("ta, on-policy at 4e-4", "on-policy"),
+             "off-policy": ("ta", "off-policy")}
+    have = {row["run"] for row in read(HERE / "curves.csv")}
+    names = {label: pair for label, pair in names.items() if pair[0] in have}
+    columns = {"ta": 3, "text": 3, "visual": 3, "motion_quality": 3, "judge": 3, "displacement": 1}
+    table = [["", "TA gain", "seeds", "iteration",
+              *(f"Δ {name.replace('_', ' ')}" for name in list(columns)[1:])]]
+    curves = {label: {seed: rows_of("curves.csv", run=run, training=model, seed=seed)
+                      for seed in column(rows_of("curves.csv", run=run, training=model), "step")}
+              for label, (run, model) in names.items()}
+    gain = lambda rows, row, name: float(row[name]) - float(rows[0][name])
+    for wanted in (mean(gain(rows, rows[-1], "ta") for rows in curves["semi"].values()), 0.01):
+        for label, seeds in curves.items():
+            found = [(rows, next((row for row in rows if gain(rows, row, "ta") >= wanted), None))
+                     for rows in seeds.values()]
+            found = [pair for pair in found if pair[1]]
+            cells = ["not reached"] * bool(not found)
+            if found:
+                cells = [spread([float(row["step"]) for _, row in found], 0)]
+                cells += [spread([gain(rows, row, name) for rows, row in found], digits, "+")
+                          for name, digits in list(columns.items())[1:]]
+            cells += [""] * (len(table[0]) - 3 - len(cells))
+            table.append([label, f"{wanted:.4f}", f"{len(found)} of {len(seeds)}", *cells])
+    return markdown(table)
+
+
+def text_alone() -> str:
+    """C4, C5: the final table of training on TA alone."""
+    names = {model: ("ta", model) for model in ("on-policy", "semi", "off-policy")}
+    names |= {label: pair for label, pair in {
+        "semi, lr 1e-3": ("ta, semi at 1e-3", "semi"),
+        "on-policy, lr 4e-4": ("ta, on-policy at 4e-4", "on-policy")}.items()
+        if any(row["run"] == pair[0] for row in read(HERE / "results.csv"))}
+    more = (("ta", 3), ("text", 3), ("visual", 3), ("motion_quality", 3), ("area", 0),
+            ("displacement", 1), ("spread", 1))
+    header = ["", "seeds", "Δ reward", "Δ judge", *(f"Δ {n.replace('_', ' ')}" for n, _ in more)]
+    return markdown([header, *trained("", names, more)])
+
+
+def others() -> str:
+    """C7."""
+    names = {"flow matching": ("flow", "on-policy"), "second base": ("second base", "on-policy")}
+    have = {row["run"] for row in read(HERE / "results.csv")}
+    names = {label: pair for label, pair in names.items() if pair[0] in have}
+    header = ["", "seeds", "Δ reward", "Δ judge", "Δ all right", "Δ area"]
+    return markdown([header, *trained("", names, (("all_right", 2), ("area", 0)))])
+
+
+def cost() -> str:
+    """C8, of the first seed."""
+    rows = rows_of("cost.csv")
+    return report([row for row in rows if row["seed"] == rows[0]["seed"]], 4)
+
+
+def factors() -> str:
+    """One setting changed at a time."""
+    runs = [run for run in dict.fromkeys(row["run"] for row in rows_of("results.csv"))
+            if run.startswith("factors")]
+    header = ["", "seeds", "Δ reward", "Δ judge", "Δ area", "Δ spread", "clipped"]
+    table = trained("", {run[8:] or "the defaults": (run, "on-policy") for run in runs},
+                    (("area", 0), ("spread", 1)))
+    clipped = [training(run, "on-policy", "clip_fraction", 2) for run in runs]
+    return markdown([header, *([*row, cell] for row, cell in zip(table, clipped))])
+
+
+def tuning() -> str:
+    """The search for settings, seed 10."""
+    table = [["command", "training reward", "Δ reward", "Δ judge", "Δ ta", "clipped"]]
+    for row in rows_of("training.csv"):
+        if row["run"].startswith("tuning"):
+            pair = row["run"], row["training"]
+            cells = trained("", {"": pair}, (("ta", 4),))[0][2:]
+            line = row["command"].replace("--seed S ", "").removeprefix("python ")
+            table.append([f"`{line}`", training(*pair, "last_reward", 2), *cells,
+                          training(*pair, "clip_fraction", 2)])
+    return markdown(table)
+
+
+TABLES = {f.__name__: f for f in (readme, recipe, entropy, baseline, at_equal_ta, text_alone,
+                                  others, cost, factors, tuning)}
+
+
+def filled(text: str) -> str:
+    """The text of a file with its tables made again."""
+    def table(match: re.Match) -> str:
+        return f"<!-- {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def main(arguments: list | None = None) -> int:
+    def call() -> int:
+        parser = Parser(__doc__.split("\n\n")[0])
+        parser.add_argument("--check", action="store_true", help="compare, write nothing")
+        check = parser.parse_args(arguments and [str(a) for a in arguments]).check
+        for file in FILES:
+            text = file.read_text(encoding="utf-8")
+            if check and filled(text) != text:
+                raise UserError(f"{file}: its tables are not those of the CSVs; run python -m "
+                                "studies.tables")
+            if not check:
+                write_whole(file, filled(text))
+        return 0
+
+    return command("tables", call)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
