@@ -783,7 +783,8 @@ def test_replay_is_the_rollout_and_the_first_ratio_is_exactly_one(flow, bf16, an
     with adapter.on(model):
         branches = forked(model, 1)[0]
         pairs = torch.cartesian_prod(torch.arange(4), torch.arange(anchors)).T
-        replayed, stored = replay(model, branches, *pairs), branches.candidates[:, pairs[0], pairs[1]]
+        replayed = replay(model, branches, *pairs)
+        stored = branches.candidates[:, pairs[0], pairs[1]]
         assert torch.allclose(replayed, stored, atol=0.05 if bf16 else 1e-5)
     optimizer = torch.optim.AdamW(adapter.parameters(), 1e-3)
     method = tiny_method("on-policy", anchors=anchors)
