@@ -58,6 +58,9 @@ from reward import (ASSETS, CHUNKS, CHUNK_FRAMES, COLOURS, HALVES, HELD_OUT_PROM
 METHODS = ("on-policy", "semi", "off-policy")
 SECTIONS = {"steps": "training", "buffer_groups": "semi-on-policy and merging", "method": "run",
             "reward": "reward and evaluation"}               # the first setting of each section
+STREAMING = "sample out adapter base timesteps seed device precision"   # all that --sample uses
+UNUSED = {"": "adapter", "on-policy": "adapter buffer buffer_groups buffer_lr buffer_reward sweep",
+          "semi": "adapter lr sweep", "off-policy": "adapter lr clip_range sweep"}   # by method
 
 
 @dataclass
@@ -73,7 +76,7 @@ class Training:
     tau: float = option(0.03, "temperature τ₀ of squared distances averaged over a chunk's D "
                         "elements (Eq. 5); the paper's sum needs D τ₀", "(0, 1e6]")
     quasi_norm: float = option(0.0, "p of the quasi-norm of the advantages; 0: standard deviation",
-                               "[0, 2]", "0.8 in Neighbor GRPO")
+                               "[0.1, 2]", "0.8 in Neighbor GRPO")
     floor: float = option(0.02, "lower bound of σ_r (Eq. 3), in the reward's unit", "(0, 1e6]")
     lr: float = option(1e-4, "learning rate of AdamW", "(0, 1e6]", "1e-5")
     rank: int = option(16, "rank r of the LoRA adapter", "[1, 4096]", "64")
@@ -85,7 +88,7 @@ class Training:
 @dataclass
 class Settings(Training):
     """Every setting of the command line. Raises UserError."""
-    buffer_groups: int = option(100, "rollout groups in the buffer", "[1, 1e5]", "100")
+    buffer_groups: int = option(100, "rollout groups in the buffer", "[1, 1e4]", "100")
     buffer: str = option("", "buffer.safetensors of an earlier run instead of collecting one")
     buffer_lr: float = option(4e-4, "learning rate of AdamW with the buffer", "(0, 1e6]", "1e-5")
     buffer_reward: str = option("ta=1", "rewards of the buffer, as --reward", paper="TA")
@@ -109,7 +112,7 @@ class Settings(Training):
                          "quality), hps, aesthetic, module:function", paper="VideoAlign's, 1 each")
     clip: str = option("", "open_clip model of ta, vq, mq: ARCH:TAG, ARCH:FILE or a folder, as "
                        "ViT-B-32:laion2b_s34b_b79k [assets/clip]")
-    judge_samples: int = option(8, "clips of each held-out prompt in the final table", "[1, 1000]")
+    judge_samples: int = option(8, "clips of each held-out prompt in the final table", "[1, 100]")
     judge_every: int = option(20, "iterations between points of the held-out curve", "[1, 1e6]")
 
     __post_init__ = check_settings

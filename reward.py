@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 import weakref
+import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, field, fields
@@ -55,7 +56,8 @@ class UserError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:600] or type(error).__name__
+    text = str(error).encode(errors="backslashreplace").decode()
+    return " ".join(text.split())[:600] or type(error).__name__
 
 
 @contextmanager
@@ -64,7 +66,7 @@ def user_error(what: str):
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError,
-            ValueError, re.error) as error:
+            ValueError, re.error) as error:     # RecursionError is a RuntimeError
         raise UserError(f"{what} ({one_line(error)})") from error
 
 
@@ -105,7 +107,7 @@ def check_options(settings) -> None:
         if valid[:1] in ("[", "("):
             low, high = map(float, valid[1:-1].split(","))
             ends = [end for end, closed in ((low, "[" in valid), (high, "]" in valid)) if closed]
-            if not (low < value < high or value in ends):
+            if not (low < value < high or value in (*ends, f.default)):
                 raise UserError(f"{flag(f.name)} {value}: must be in {valid}")
         elif valid == "regex":
             with user_error(f"{flag(f.name)} {value}: not a regular expression"):
@@ -114,19 +116,32 @@ def check_options(settings) -> None:
             raise UserError(f"{flag(f.name)} {value}: must be one of {valid}")
 
 
+STREAMING = "sample out adapter base timesteps seed device precision"   # all that --sample uses
+UNUSED = {"": "adapter", "on-policy": "adapter buffer buffer_groups buffer_lr buffer_reward sweep",
+          "semi": "adapter lr sweep", "off-policy": "adapter lr clip_range sweep"}   # by method
+
+
+def check_unused(settings, names, mode: str) -> None:
+    """Raises UserError unless the settings of these names, which have no effect in the mode, are at
+    their defaults."""
+    for f in fields(settings):
+        if f.name in names and getattr(settings, f.name) != f.default:
+            raise UserError(f"{flag(f.name)} {getattr(settings, f.name)}: has no effect with "
+                            f"{mode}; leave it out")
+
+
 def check_settings(settings) -> None:
-    """check_options, and settings that contradict each other or lack effect. Raises UserError."""
+    """Values, settings without effect, settings that contradict each other. Raises UserError."""
     check_options(settings)
-    changed = {f.name for f in fields(settings) if getattr(settings, f.name) != f.default}
-    if settings.adapter and not settings.sample:
-        raise UserError(f"--adapter {settings.adapter}: use it with --sample")
-    if settings.sample and settings.method:
-        raise UserError("--sample and --method: give one of them")
-    if settings.buffer and (settings.sample or settings.method == "on-policy"):
-        raise UserError(f"--buffer {settings.buffer}: not used here; give it with the recipe, semi "
-                        "or off-policy")
-    if settings.resume and changed != {"resume"}:
-        raise UserError(f"--resume {settings.resume}: its settings are from the run; give no other")
+    names = {f.name for f in fields(settings)}
+    if settings.resume:
+        check_unused(settings, names - {"resume"}, "--resume: settings are from the run")
+    elif settings.sample:
+        check_unused(settings, names - {*STREAMING.split()}, "--sample")
+    else:
+        method = settings.method
+        mode = f"--method {method}" if method else "the recipe, only with --sample"
+        check_unused(settings, UNUSED[method].split(), mode)
     if settings.anchors > settings.group:
         raise UserError(f"--anchors {settings.anchors}: must be at most --group "
                         f"({settings.group})")
@@ -184,7 +199,10 @@ def device_name(device: torch.device) -> str:
 
 
 def command(name: str, call: Callable[[], int]) -> int:
-    """Run a command -> its exit code: 2, with one line on stderr, for a UserError or an OSError."""
+    """Run a command -> its exit code: 2, with one line on stderr, for a UserError, an OSError or
+    too little memory."""
+    for closed in [stream for stream in ("stdout", "stderr") if getattr(sys, stream) is None]:
+        setattr(sys, closed, open(os.devnull, "w"))     # else tqdm fails, and files get its number
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")    # don't crash on terminals without Unicode
     try:
@@ -195,6 +213,10 @@ def command(name: str, call: Callable[[], int]) -> int:
         message, code = one_line(error), 2
     except KeyboardInterrupt as stop:               # its argument says how to go on
         message, code = f"interrupted{stop}", 130
+    except (MemoryError, RuntimeError) as error:    # torch has a kind of its own only for GPUs
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        message, code = f"out of memory ({one_line(error)[:200]}); lower --micro or the counts", 2
     try:
         print(f"{name}: {message}", file=sys.stderr)
     except (OSError, ValueError):                   # stderr is closed
@@ -230,8 +252,9 @@ def write_whole(file: Path, data: bytes | str, previous: str = "") -> None:
             os.replace(file, file.with_name(previous))
         os.replace(part, file)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise UserError(f"{file}: cannot be written ({one_line(error)})") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def checksum(tensors: dict[str, Tensor], record: dict) -> str:
@@ -261,23 +284,24 @@ def read_weights(file: str | Path, option: str) -> tuple[dict[str, Tensor], dict
             tensors = {name: f.get_tensor(name) for name in f.keys()}
         if checksum(tensors, about["record"]) != about["checksum"]:
             raise ValueError("its checksum is wrong: it is damaged")
+        return tensors, about["record"] | {"checksum": about["checksum"]}
     except KeyError as error:
         raise UserError(f"{option} {file}: not a file of this project") from error
     except Exception as error:      # safetensors raises its own kinds
         raise UserError(f"{option} {file}: not a whole safetensors file "
                         f"({one_line(error)})") from error
-    if not all(x.isfinite().all() for x in tensors.values()):
-        raise UserError(f"{option} {file}: holds numbers that are not finite")
-    return tensors, about["record"] | {"checksum": about["checksum"]}
 
 
 def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple]) -> None:
-    """expected: {name: (shape, dtype)}, no more and no less. Raises ValueError."""
+    """expected: {name: (shape, dtype)}, no more and no less; all numbers finite, but for rewards.
+    Raises ValueError."""
     for name in sorted(set(tensors) | set(expected)):
         found = (tuple(tensors[name].shape), tensors[name].dtype) if name in tensors else "nothing"
         wanted = expected.get(name, "nothing")
         if found != wanted:
             raise ValueError(f"{name}: {found} in place of {wanted}")
+        if not name.endswith("reward") and not tensors[name].isfinite().all():
+            raise ValueError(f"{name}: holds numbers that are not finite")
 
 
 def fingerprint(module: torch.nn.Module) -> str:
@@ -286,19 +310,15 @@ def fingerprint(module: torch.nn.Module) -> str:
 
 
 def append_row(file: Path, row: dict) -> None:
-    """Append to a CSV file; the first row also writes the header."""
-    new = not file.exists()
-    with open(file, "a", newline="") as f:
-        writer = csv.DictWriter(f, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    """Append to a CSV file. Columns that it has not are added, empty in the rows before."""
+    before = list(csv.DictReader(open(file, newline=""))) if file.exists() else []
+    write_rows(file, [*before, row])
 
 
 def write_rows(file: Path, rows: list[dict]) -> None:
-    """A whole CSV file."""
+    """A whole CSV file, with all columns that a row has."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0])
+    writer = csv.DictWriter(text, dict.fromkeys(column for row in rows for column in row))
     writer.writeheader()
     writer.writerows(rows)
     write_whole(file, text.getvalue())
@@ -321,8 +341,9 @@ def parse_times(text: str) -> tuple[float, ...]:
     with user_error(f"--timesteps {text}: expected numbers that fall from 1 toward 0, such as "
                     "1,0.5,0.25,0.1"):
         times = tuple(float(t) for t in text.split(","))
-        if times[:1] != (1,) or not all(t > s for t, s in zip(times, (*times[1:], 0))):
-            raise ValueError("they do not fall")
+        falls = all(t > s for t, s in zip(times, (*times[1:], 0)))
+        if times[:1] != (1,) or not falls or len(times) > 100:
+            raise ValueError("they do not fall, or are more than 100")
     return times
 
 
@@ -330,11 +351,16 @@ def read_model(cls: type, file: str | Path, **more):
     """cls(**arguments in the file's record, **more) with the file's weights. Raises UserError."""
     tensors, record = read_weights(file, "--base")
     with user_error(f"--base {file}: not a generator"):
-        shape = [record["generator"][name] for name in ("width", "layers", "heads")]
-        if not all(type(n) is int and 0 < n <= 4096 for n in shape):
-            raise ValueError(f"width, layers and heads are {shape}")
-        model = cls(**record["generator"], **more)
-        model.load_state_dict(tensors)
+        about = record["generator"]
+        shape = [about[name] for name in ("width", "layers", "heads")]
+        if (not all(type(n) is int and 0 < n <= 4096 for n in shape) or shape[0] % shape[2]
+                or about.get("flow") not in (None, True, False)):
+            raise ValueError(f"its shape is {about}")
+        with torch.device("meta"):                  # no memory before the shapes are right
+            model = cls(**about, **more)
+        check_tensors(tensors, {name: (tuple(x.shape), torch.bfloat16)
+                                for name, x in model.state_dict().items()})
+        model.load_state_dict({name: x.float() for name, x in tensors.items()}, assign=True)
         model.timesteps = parse_times(",".join(map(str, model.timesteps)))
     model.fingerprint = record["checksum"][:16]
     return model
@@ -361,12 +387,15 @@ def read_adapter(folder: Path, model) -> tuple[dict[str, tuple[Tensor, Tensor]],
     weights, expected = {}, {}
     with user_error(f"--adapter {folder}: not an adapter of this base"):
         for name in dict.fromkeys(n[len(PEFT) : -len(".lora_A.weight")] for n in tensors):
-            out, into = (weight := model.get_submodule(name).weight).shape
+            layer = model.get_submodule(name)
+            out, into = layer.out_features, layer.in_features
             keys = [f"{PEFT}{name}.lora_{x}.weight" for x in "AB"]
             for key, shape in zip(keys, ((record["rank"], into), (out, record["rank"]))):
                 expected[key] = shape, torch.float32
-            weights[name] = tuple(tensors[key].to(weight.device) for key in keys)
+            weights[name] = tuple(tensors[key].to(layer.weight.device) for key in keys)
         check_tensors(tensors, expected)
+        if not (weights and record["rank"] > 0 and 0 < record["alpha"] < math.inf):
+            raise ValueError(f"rank {record['rank']}, alpha {record['alpha']}")
         if record.get("base", "") != getattr(model, "fingerprint", ""):
             raise ValueError("it was trained on other weights; name them with --base")
         if "timesteps" in record and record["timesteps"] != list(model.timesteps):
@@ -405,6 +434,8 @@ def load_buffer(file: str | Path, model, about: dict) -> list[dict]:
             buffer.append({"prompt": prompt} | {name: tensors[f"{i}.{name}"] for name in group})
             expected |= {f"{i}.{name}": kind for name, kind in group.items()}
         check_tensors(tensors, expected)
+        if not buffer:
+            raise ValueError("it has no groups")
         model.begin(found["prompts"])
     return buffer
 
@@ -423,12 +454,20 @@ def load_checkpoint(file: Path, parameters: list[Tensor],
     """Restore parameters and optimizer -> the state; None if there is no checkpoint. A damaged one
     is passed over for the one before it. Raises UserError if both are damaged."""
     there = [path for path in (file, Path(f"{file}.previous")) if path.exists()]
+    expected = {f"parameter.{i}": (tuple(p.shape), p.dtype) for i, p in enumerate(parameters)}
+    problems = []
     for path in there:
         try:
             tensors, record = read_weights(path, "--resume")
-        except UserError as error:
-            print(f"{one_line(error)}; going back", file=sys.stderr)
+            moments = {f"{name}.{i}": (tuple(p.shape) * (name != "step"), p.dtype)
+                       for name in ("step", "exp_avg", "exp_avg_sq")
+                       for i, p in enumerate(parameters)}
+            check_tensors(tensors, expected | (moments if len(tensors) > len(expected) else {}))
+        except (UserError, ValueError) as error:
+            problems.append(one_line(error))
             continue
+        if problems:
+            print(f"{file}: {problems[0]}; going back", file=sys.stderr)
         moments, device = {}, parameters[0].device
         for i, p in enumerate(parameters):
             p.data.copy_(tensors.pop(f"parameter.{i}"))
@@ -438,8 +477,8 @@ def load_checkpoint(file: Path, parameters: list[Tensor],
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
         return record["state"]
     if there:
-        raise UserError(f"--resume: {file} and the one before it are damaged; delete both to train "
-                        "anew")
+        raise UserError(f"--resume: {' and '.join(map(str, there))}: damaged ({problems[0]}); "
+                        "delete to train anew")
     return None
 
 
@@ -485,8 +524,12 @@ def open_run(settings):
         return settings, folder
     try:
         saved = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        if saved.pop("checksum") != checksum({}, saved):
+            raise ValueError("settings.json was changed")
+        if set(saved["settings"]) != {f.name for f in fields(settings)}:
+            raise ValueError("it has other settings")
         settings, code = type(settings)(**saved["settings"]), saved["run"]["code"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"--resume {folder}: not the folder of a run of this program and version "
                         f"({one_line(error)})") from error
     if (folder / "models.gif").exists():
@@ -517,13 +560,16 @@ def run_folder(folder: Path, settings, about: dict):
             called = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
             about = version() | about | {"torch": torch.__version__, "command": called,
                                          "date": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-            write_whole(file, json.dumps({"settings": asdict(settings), "run": about}, indent=1))
+            saved = {"settings": asdict(settings), "run": about}
+            write_whole(file, json.dumps(saved | {"checksum": checksum({}, saved)}, indent=1))
         elif json.loads(file.read_text(encoding="utf-8"))["run"]["base"] != about["base"]:
             raise UserError(f"--resume {folder}: --base {settings.base} is another base now")
         try:
             yield
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt(f"; continue with --resume {folder}") from error
+        except (UserError, OSError) as error:       # as of a full disk
+            raise UserError(f"{one_line(error)}; continue with --resume {folder}") from error
 
 
 @contextmanager
@@ -816,8 +862,13 @@ class ClipReward:
             if file.suffix == ".safetensors":
                 with safe_open(str(file), "pt") as f:
                     ours = "arcopo" in (f.metadata() or {})
-                if ours:
-                    read_weights(file, "--clip")        # for its checksum
+                if ours:                            # for the checksum, which covers the config too
+                    found = read_weights(file, "--clip")[1].get("config")
+                    config = file.parent / "open_clip_config.json"
+                    if weights is None and found != json.loads(config.read_text("utf-8")):
+                        raise ValueError("open_clip_config.json is not that of the weights")
+            else:
+                check_zip(file)
             self.model = open_clip.create_model(architecture, pretrained=weights, device=device,
                                                 require_pretrained=True).eval()
             self.tokenizer = open_clip.get_tokenizer(architecture)
@@ -882,6 +933,12 @@ class ClipReward:
         return (features[:, 1:] * features[:, :-1]).sum(-1).mean(1)
 
 
+def check_zip(file: Path) -> None:
+    """Raises ValueError if a part of a .pt or .pth file is damaged: torch.load does not check."""
+    if zipfile.is_zipfile(file) and (part := zipfile.ZipFile(file).testzip()):
+        raise ValueError(f"{part} is damaged")
+
+
 def downloaded(file: str, url: str) -> Path:
     """A file in MODELS. Raises UserError that says where to get it."""
     if not (MODELS / file).is_file():
@@ -910,15 +967,15 @@ class Aesthetic:
         sizes = (768, 1024, 128, 64, 16, 1)     # dropout, without effect here, has numbers too
         layers = {f"layers.{i}": n for i, n in zip((0, 2, 4, 6, 7), zip(sizes, sizes[1:]))}
         try:
+            check_zip(head)
             weights = torch.load(head, device, weights_only=True)
-            expected = {f"{name}.{part}": shape for name, (fan_in, fan_out) in layers.items()
+            expected = {f"{name}.{part}": (shape, torch.float32)
+                        for name, (fan_in, fan_out) in layers.items()
                         for part, shape in (("weight", (fan_out, fan_in)), ("bias", (fan_out,)))}
-            if {name: tuple(x.shape) for name, x in weights.items()} != expected:
-                raise ValueError("other names or shapes of layers")
+            check_tensors(weights, expected)
         except Exception as error:
             raise UserError(f"--reward: {head} is not LAION's head ({one_line(error)})") from error
-        self.layers = [(weights[f"{n}.weight"].float(), weights[f"{n}.bias"].float())
-                       for n in layers]
+        self.layers = [(weights[f"{n}.weight"], weights[f"{n}.bias"]) for n in layers]
 
     def __call__(self, clips: Tensor, prompts: list[str]) -> Tensor:
         x = self.clip.clip_features(clips)
@@ -946,10 +1003,12 @@ def parse_rewards(text: str, name: str) -> dict[str, float]:
         weights = {reward.strip(): float(weight) for reward, weight in parts}
     except ValueError:
         weights = {}
-    if (not any(weights.values()) or not all(0 <= w < math.inf for w in weights.values())
+    if (not any(weights.values()) or len(weights) < len(parts)
+            or not all(w == 0 or 1e-6 <= w <= 1e6 for w in weights.values())
             or not all(reward in REWARDS or ":" in reward for reward in weights)):
-        raise UserError(f"--{name} {text}: expected NAME=WEIGHT,... with a NAME of "
-                        f"{', '.join(REWARDS)} or module:function, each weight >= 0 and one above")
+        raise UserError(f"--{name} {text}: expected NAME=WEIGHT,... with different NAMEs of "
+                        f"{', '.join(REWARDS)} or module:function, each WEIGHT 0 or in [1e-6, 1e6],"
+                        " one above 0")
     return weights
 
 
@@ -962,7 +1021,7 @@ def load_reward(name: str, device: str, clip: str) -> Callable:
     sys.path.insert(0, "")                      # the current folder
     try:
         return getattr(importlib.import_module(module), function)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"--reward {name}: cannot import it "
                         f"({type(error).__name__}: {one_line(error)})") from error
     finally:
@@ -979,8 +1038,12 @@ class WeightedReward:
     def __init__(self, functions: dict[str, Callable], weights: dict[str, float], clips: Tensor,
                  prompts: list[str]):
         self.functions, self.weights = functions, weights
-        self.scales = {name: (value.mean().item(), value.std().item())
-                       for name, value in self.components(clips, prompts).items()}
+        self.scales = {}
+        for name, value in self.components(clips, prompts).items():
+            value = value[value.isfinite()]
+            if len(value) < 2:
+                raise UserError(f"--reward {name}: is not finite on the base's clips")
+            self.scales[name] = value.mean().item(), value.std().item()
 
     @torch.no_grad()
     def components(self, clips: Tensor, prompts: list[str]) -> dict[str, Tensor]:
@@ -990,7 +1053,7 @@ class WeightedReward:
                 value = torch.as_tensor(function(clips, prompts)).detach().float()
             except UserError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise UserError(f"--reward {name}: failed ({type(error).__name__}: "
                                 f"{one_line(error)})") from error
             if value.shape != (len(clips),):
@@ -1022,7 +1085,7 @@ class WeightedReward:
 def read_prompts(file: str, least: int) -> list[str]:
     """Training prompts, one per line; empty lines are skipped. Raises UserError."""
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"--prompts-file {file}: cannot be read ({one_line(error)})") from error
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
@@ -1042,8 +1105,9 @@ def parse_sweep(text: str) -> list[float]:
         strengths = sorted({float(part) for part in text.split(",")})
     except ValueError:
         strengths = []
-    if not strengths or not all(0 < s <= 10 for s in strengths):
-        raise UserError(f"--sweep {text}: expected strengths in (0, 10], as 0.4,0.6,0.8,1")
+    if not strengths or not all(0 < s <= 10 and float(f"{s:g}") == s for s in strengths):
+        raise UserError(f"--sweep {text}: expected strengths in (0, 10] of at most six digits, as "
+                        "0.4,0.6,0.8,1")
     return strengths
 
 
@@ -1098,14 +1162,13 @@ def write_report(folder: Path, columns: list[str], chosen: str, clips: dict[str,
 
     clips and results (what evaluate returns) of the base and the trained models, by name; clips
     are those of HELD_OUT_PROMPTS, the same number of each."""
-    rows, base, table = [["model", *columns, "Δ reward", "Δ judge"]], results["base"], []
+    rows, base, judged = [["model", *columns, "Δ reward", "Δ judge"]], results["base"], []
     for name, scores in results.items():
         means = {column: scores[column].mean().item() for column in columns}
-        table.append({"model": name} | means)
+        judged.append({"model": name} | means)
         change = [scores[c] - base[c] for c in ("reward", "judge")]
         rows.append([name + " *" * (name == chosen), *(f"{mean:.3f}" for mean in means.values()),
                      *(f"{d.mean():+.3f} ± {d.std() / len(d) ** 0.5:.3f}" for d in change)])
-    write_rows(folder / "judged.csv", table)
     shown = [name for name in results if name == chosen or not name.startswith("s = ")]
     samples = len(clips["base"]) // len(HELD_OUT_PROMPTS)
     prompts = zip(HELD_OUT_PROMPTS[::6], HELD_OUT_PROMPTS[3::6])
@@ -1120,8 +1183,9 @@ def write_report(folder: Path, columns: list[str], chosen: str, clips: dict[str,
               f"models.gif: {', '.join(shown)}; prompts by row:",
               "\n".join(f"- {left}; {right}" for left, right in prompts), duration]
     report = "\n\n".join(parts) + "\n"
+    write_rows(folder / "judged.csv", judged)
     write_whole(folder / "report.md", report)
+    save_gif({name: clips[name][:: 3 * samples].unflatten(0, (4, 2)) for name in shown},
+             folder / "models.gif")     # the last: --resume takes a run with it as complete
     if RANK == 0:
         print(f"\n{report}Run folder: {folder}")
-    save_gif({name: clips[name][:: 3 * samples].unflatten(0, (4, 2)) for name in shown},
-             folder / "models.gif")

@@ -2,12 +2,14 @@
 
 import copy
 import csv
+import errno
 import fcntl
 import io
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from random import Random
 from statistics import mean, stdev
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -1512,9 +1515,8 @@ TINY = [
     2,
     "--judge-every",
     2,
-    "--buffer-groups",
-    3,
 ]
+BUFFER = ["--buffer-groups", 3]
 LEFT = {"settings.json", "judged.csv", "models.gif", "report.md"}
 
 
@@ -1528,7 +1530,7 @@ def read(file: Path) -> list[dict]:
 
 
 def test_script_runs_the_recipe_and_samples_from_its_adapter(tmp_path, tiny_base):
-    done = script("--steps", 3, "--base", tiny_base, "--out", "run", *TINY, cwd=tmp_path)
+    done = script("--steps", 3, "--base", tiny_base, "--out", "run", *TINY, *BUFFER, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "run"
     ends = ".csv", "-curve.csv", ""
@@ -1600,7 +1602,7 @@ def test_a_reward_of_ones_own_trains_and_is_in_every_table(tmp_path, tiny_base):
     (tmp_path / "prompts.txt").write_text("\n".join([*TRAIN_PROMPTS[:5], "", TRAIN_PROMPTS[0]]))
     mine = ["--reward", "ta=1,my_rewards:blue=0.5", "--buffer-reward", "my_rewards:blue=1"]
     common = ["--steps", 1, "--base", tiny_base, "--out", "run", "--prompts-file", "prompts.txt"]
-    done = script(*common, *mine, *TINY, cwd=tmp_path)
+    done = script(*common, *mine, *TINY, *BUFFER, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for file in ("on-policy.csv", "on-policy-curve.csv", "semi-curve.csv", "judged.csv"):
         assert {"reward", "ta", "my_rewards:blue"} <= set(read(tmp_path / "run" / file)[0])
@@ -1615,6 +1617,13 @@ def test_a_reward_of_ones_own_trains_and_is_in_every_table(tmp_path, tiny_base):
         done = script(*common[:4], "--reward", "my_rewards:blue=1", cwd=tmp_path)
         assert done.returncode == 2 and "my_rewards:blue" in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def signed(saved: str) -> str:
+    """A settings.json with the checksum that it should have."""
+    content = json.loads(saved)
+    content.pop("checksum")
+    return json.dumps(content | {"checksum": reward.checksum({}, content)})
 
 
 class Crash(BaseException):
@@ -1641,8 +1650,8 @@ def test_a_run_killed_anywhere_ends_as_if_it_was_never_killed(
 ):
     """Each write of a file and each iteration is one place to die; every 11th of them is tried,
     before and after the write."""
-    arguments = ["--steps", 3, "--save-every", 2, "--base", tiny_base, "--sweep", "0.5", *TINY]
-    arguments = [*arguments[:-3], 1, *arguments[-2:]]  # --judge-every 1
+    arguments = ["--steps", 3, "--save-every", 2, "--base", tiny_base, "--sweep", "0.5"]
+    arguments += [*TINY[:-1], 1, *BUFFER]  # --judge-every 1
     count, die_at = [0], [None]
 
     def deadly(function, after):
@@ -1700,16 +1709,18 @@ def test_resume_refuses_what_it_cannot_go_on_with(tmp_path, tiny_base, monkeypat
         assert says in error[-1] and not [line for line in error if "Traceback" in line]
         assert before == {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
 
-    refused("give no other", "--lr", 0.1)
+    refused("from the run", "--lr", 0.1)
     with open(out / ".lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         refused("another process")
     saved = (out / "settings.json").read_text()
     code = reward.version()["code"]
-    (out / "settings.json").write_text(saved.replace(code, "0" * 16))
+    (out / "settings.json").write_text(saved.replace('"group": 3', '"group": 4'))
+    refused("settings.json was changed")
+    (out / "settings.json").write_text(signed(saved.replace(code, "0" * 16)))
     refused("changed since")
-    (out / "settings.json").write_text(saved.replace('"group"', '"troupe"'))
-    refused("not the folder of a run")
+    (out / "settings.json").write_text(signed(saved.replace('"group"', '"troupe"')))
+    refused("other settings")
     (out / "settings.json").write_text(saved)
     save_generator(tiny(seed=3), tiny_base)  # another base in the same place
     refused("another base")
@@ -1815,9 +1826,10 @@ def test_two_processes_are_one_with_the_groups_of_both(tmp_path, tiny_base):
 def test_each_method_runs_alone(method, tmp_path, tiny_base, capsys):
     arguments = ["--steps", 1, "--base", tiny_base, "--out", tmp_path / "run", *TINY]  # not strings
     if method == "sde-grpo":
-        assert sde_grpo.main(arguments) == 0
+        assert sde_grpo.main([*arguments, "--anchors", 3]) == 0
     else:
-        assert arcopo.main(["--method", method, *arguments]) == 0
+        more = BUFFER if method == "off-policy" else []
+        assert arcopo.main(["--method", method, *arguments, *more]) == 0
     files = left(tmp_path / "run") - {"buffer.safetensors"}
     assert files == LEFT | {f"{method}.csv", f"{method}-curve.csv", method}
     assert [row["model"] for row in read(tmp_path / "run" / "judged.csv")] == ["base", method]
@@ -1847,6 +1859,7 @@ def test_a_flow_model_trains_by_the_same_command(tmp_path, capsys):
         "--out",
         tmp_path / "run",
         *TINY,
+        *BUFFER,
     ]
     assert arcopo.main([str(a) for a in arguments]) == 0
     assert (tmp_path / "run" / "merged" / "adapter_model.safetensors").is_file()
@@ -1980,7 +1993,7 @@ def broken_files(folder: Path, tiny_base: Path) -> dict[str, Path]:
     write("misshapen", {"head.bias": torch.zeros(7)}, generator=shape | times)
     write("timeless", {}, generator=shape | {"timesteps": []})
     write("headless", {}, generator=shape | times | {"heads": "2"})
-    write("infinite", {"head.bias": torch.full((192,), math.nan)}, generator=shape | times)
+    write("infinite", {"head.bias": tensors["head.bias"] * math.nan}, generator=shape | times)
     reward.write_weights(files["tensorless"], {"x": torch.zeros(2)}, {"prompts": 3})
     base = arcopo.load_generator(tiny_base)
     about = {"base": base.fingerprint, "timesteps": list(base.timesteps)}
@@ -2046,6 +2059,10 @@ BAD = [
     (["--base", "{flipped}"], "checksum"),
     (["--base", "{headless}"], "not a generator"),
     (["--adapter", "{missing}"], "--sample"),
+    (["--method", "on-policy", "--sweep", "1"], "no effect with --method on-policy"),
+    (["--method", "semi", "--lr", "0.1"], "no effect with --method semi"),
+    (["--method", "off-policy", "--clip-range", "0.1"], "no effect"),
+    (["--sample", PROMPTS[0], "--steps", "3"], "no effect with --sample"),
     (["--base", "{missing}"], "no such file"),
     (["--base", "{truncated}"], "safetensors"),
     (["--base", "{other}"], "not a file of this project"),
@@ -2061,7 +2078,7 @@ BAD = [
     (["--sample", PROMPTS[0], "--adapter", "{foreign}"], "other weights"),
     (["--buffer-reward", "tb=1"], "--buffer-reward"),
     (["--sample", ""], "--sample"),
-    (["--sample", PROMPTS[0], "--method", "semi"], "one of them"),
+    (["--sample", PROMPTS[0], "--method", "semi"], "no effect"),
     (["--method", "grpo"], "on-policy"),
     (["--sweep", "0.4;1"], "--sweep"),
     (["--sweep", "0"], "--sweep"),
@@ -2074,7 +2091,7 @@ BAD = [
     (["--buffer", "{other}"], "not a file of this project"),
     (["--buffer", "{tensorless}"], "made with"),
     (["--timesteps", "1,nan"], "--timesteps"),
-    (["--buffer", "{missing}", "--method", "on-policy"], "not used"),
+    (["--buffer", "{missing}", "--method", "on-policy"], "no effect"),
     (["--buffer-groups", "0"], "--buffer-groups"),
     (["--out", "{afile}/run"], "is a file"),
     (["--sample", PROMPTS[0], "--out", "{afile}/c.gif"], "is a file"),
@@ -2154,6 +2171,262 @@ def test_weights_never_load_through_pickle(tmp_path, tiny_base):
     assert not (tmp_path / "ran").exists()
     code = (HERE / "arcopo.py").read_text() + (HERE / "reward.py").read_text()
     assert code.count("torch.load(") == code.count("weights_only=True)") == 1
+
+
+# ------------------------------------------------------------------ hostile input
+
+HOSTILE = ["", " ", "nan", "-inf", "inf", "-1", "0", "0.5", "3", "1e39", "1e-320", "9" * 30, "1_0"]
+HOSTILE += ["2.0", "0x10", "a\0b", "\udcff", "é", "(", "a{99999999999}", "%s", "-", "/dev/null"]
+HOSTILE += ["ta=1", "ta=1,ta=2", "ta=1e300", "ta=1e-320", "sys:exit=1", "1,0.5", "1,1", "1,nan"]
+HOSTILE += ["0.4,0.40000001", "cuda:99", "cpu", "semi", "bf16", "..", "x" * 300, "a\nb", "--lr"]
+STRANGE = [None, "2", "", 0, -1, 2.0, 1e9, 10**9, True, [], {}, math.nan, 1e308, "x", [None]]
+
+
+class Started(BaseException):
+    """A command line was accepted: its training would start."""
+
+
+def test_a_fuzz_of_command_lines(tmp_path, tiny_base, capsys, monkeypatch):
+    """Each setting arrives as it was given, or one line says why not and nothing is written."""
+
+    def starts(*a, **k):
+        raise Started
+
+    scorer = SimpleNamespace(weights={}, scales={}, hashes=dict, reweighted=lambda weights: scorer)
+    monkeypatch.setattr(arcopo, "WeightedReward", lambda *a: scorer)
+    monkeypatch.setattr(arcopo, "sample_batches", lambda *a: None)
+    for name in ("align", "collect_buffer", "save_gif"):
+        monkeypatch.setattr(arcopo, name, starts)
+    monkeypatch.chdir(tmp_path)
+    random, count, accepted = Random(0), 0, 0
+    names = [name for name in Settings.__dataclass_fields__ if name != "out"]
+    modes = [[], ["--method", "on-policy"], ["--method", "semi"], ["--sample", PROMPTS[0]]]
+    for name in names * 8:
+        count += 1
+        mode, text, out = random.choice(modes), random.choice(HOSTILE), tmp_path / f"{count}.gif"
+        line = [*mode, "--base", tiny_base, f"--{name.replace('_', '-')}={text}", "--out", out]
+        try:
+            code = arcopo.main(line)
+        except Started:
+            code, accepted = 0, accepted + 1
+        error = capsys.readouterr().err
+        if code == 0:
+            value = getattr(arcopo.parse(line), name)
+            assert value == type(value)(text), line
+        else:
+            assert code == 2 and error.count("\n") == 1 and error.startswith("arcopo: "), line
+            assert not out.exists() and "Traceback" not in error, line
+        shutil.rmtree(out, ignore_errors=True)
+    assert count > 250 and accepted > 10 and not list(tmp_path.iterdir())
+
+
+def spoiled(data: bytes, random: Random) -> bytes:
+    """Truncated, one bit flipped, a part zeroed or removed, or bytes added."""
+    at, how = random.randrange(len(data)), random.randrange(6)
+    rest = data[at + random.randrange(1, 99) :]
+    parts = {0: b"", 1: bytes(len(data) - at - len(rest)) + rest, 2: rest}
+    flipped = bytes([data[at] ^ 1 << random.randrange(8)]) + data[at + 1 :]
+    return data[:at] + (random.randbytes(9) + data[at:] if how == 3 else parts.get(how, flipped))
+
+
+def misfits(tensors: dict, random: Random) -> list[dict]:
+    """Tensors that no loader may take, whatever their checksum."""
+    name = random.choice(sorted(tensors))
+    x, rest = tensors[name], {n: x for n, x in tensors.items() if n != name}
+    wrong = [torch.stack([x, x]), x.double() * 0 + 1e300, x.int(), x[None], x * math.nan]
+    if name.endswith("reward"):
+        wrong.pop()  # a reward may be not finite
+    more = tensors | {"x": x.clone()}
+    return [{}, rest, rest | {"x": x}, more, *(rest | {name: z} for z in wrong)]
+
+
+@pytest.fixture(scope="module")
+def loaders(tmp_path_factory):
+    """{kind: (a good file, its loader)}; a loader returns a hash of all that it has read."""
+    folder, model = tmp_path_factory.mktemp("files"), tiny()
+    for name in ("base", "teacher"):
+        shutil.copy(HERE / "assets" / f"{name}.safetensors", folder / f"shipped {name}.safetensors")
+    shutil.copytree(HERE / "assets" / "clip", folder / "clip")
+    save_generator(model, folder / "base.safetensors")
+    model = arcopo.load_generator(folder / "base.safetensors")
+    about = {"base": model.fingerprint, "timesteps": list(model.timesteps)}
+    nonzero(Adapter.new(model, 2, 2.0)).save(folder / "adapter", about)
+    record = about | {"group": 4, "sigma": 0.5}
+    save_buffer(tiny_buffer(model, 3), folder / "buffer.safetensors", record)
+    parameters = [torch.randn(3, 2).requires_grad_(), torch.randn(2).requires_grad_()]
+    optimizer = torch.optim.AdamW(parameters, 0.1)
+    sum(x.square().sum() for x in parameters).backward()
+    optimizer.step()
+    state = {"rows": [{"step": 1}], "curve": []}
+    reward.save_checkpoint(folder / "checkpoint.safetensors", parameters, optimizer, state)
+    with reward.run_folder(folder / "run", tiny_settings(), {"base": ""}):
+        (folder / "prompts.txt").write_text("\n".join(TRAIN_PROMPTS[:9]))
+    sizes = list(zip((768, 1024, 128, 64, 16), (1024, 128, 64, 16, 1)))
+    layers = nn.ModuleDict({f"{i}": nn.Linear(*n) for i, n in zip((0, 2, 4, 6, 7), sizes)})
+    torch.save(layers.state_dict(prefix="layers."), folder / "head.pth")
+
+    def content(tensors: dict, rest=None) -> str:
+        return reward.checksum({str(n): x.detach() for n, x in tensors.items()}, {"": rest})
+
+    def base(file):
+        model = arcopo.load_generator(file)
+        clips = sample(model, PROMPTS[:1], draw_noise(model, 1, seeded(0)))
+        return content(model.state_dict() | {"clips": clips}, model.fingerprint)
+
+    def adapter(file):
+        found = Adapter.load(file.parent, model)
+        return content(dict(enumerate(found.parameters())), found.alpha)
+
+    def buffer(file):
+        groups = load_buffer(file, model, record)
+        draw_from(groups, model, 2, seeded(0))
+        tensors = {f"{i}{n}": x for i, g in enumerate(groups) for n, x in g.items()}
+        return content({n: x for n, x in tensors.items() if "prompt" not in n})
+
+    def checkpoint(file):
+        fresh = [torch.zeros_like(x).requires_grad_() for x in parameters]
+        optimizer = torch.optim.AdamW(fresh, 0.1)
+        found = reward.load_checkpoint(file, fresh, optimizer)
+        moments = optimizer.state_dict()["state"].items()
+        moments = {f"{i}{n}": x for i, own in moments for n, x in own.items()}
+        return content(moments | dict(enumerate(fresh)), found)
+
+    def clip(file):
+        return content({"": ClipReward(str(file.parent)).frame_features(torch.ones(2, 3, 32, 32))})
+
+    def head(file):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reward, "downloaded", lambda name, url: file)
+            patch.setattr(reward, "ClipReward", lambda *a: SimpleNamespace(model=None))
+            return content(dict(enumerate(sum(reward.Aesthetic("cpu").layers, ()))))
+
+    settings = lambda file: content({}, vars(reward.open_run(Settings(resume=str(file.parent)))[0]))
+    prompts = lambda file: " ".join(reward.read_prompts(str(file), 2))
+    return {
+        "base": (folder / "base.safetensors", base),
+        "shipped base": (folder / "shipped base.safetensors", base),
+        "shipped teacher": (folder / "shipped teacher.safetensors", base),
+        "adapter": (folder / "adapter" / "adapter_model.safetensors", adapter),
+        "buffer": (folder / "buffer.safetensors", buffer),
+        "checkpoint": (folder / "checkpoint.safetensors", checkpoint),
+        "shipped clip": (folder / "clip" / "open_clip_model.safetensors", clip),
+        "shipped clip's config": (folder / "clip" / "open_clip_config.json", clip),
+        "head": (folder / "head.pth", head),
+        "settings": (folder / "run" / "settings.json", settings),
+        "prompts": (folder / "prompts.txt", prompts),
+    }
+
+
+def outcome(load, file: Path) -> str:
+    """What the loader returns, "" if it refuses the file; all else is an error of the test."""
+    try:
+        return load(file)
+    except UserError as error:
+        assert 10 < len(reward.one_line(error)) <= 600
+        return ""
+
+
+def test_a_fuzz_of_damaged_files(loaders, capsys):
+    """A damaged file gives what the whole one gives (as where a header has space), or one line."""
+    random, count, refused = Random(1), 0, 0
+    for kind, (file, load) in loaders.items():
+        whole, good = file.read_bytes(), load(file)
+        for _ in range(12 if "shipped" in kind else 30):
+            file.write_bytes(spoiled(whole, random))
+            found, count = outcome(load, file), count + 1
+            refused += not found
+            assert found in ("", good) or kind == "prompts" and found in good, (kind, count)
+        file.write_bytes(whole)
+        assert load(file) == good
+    assert count > 250 and refused > 0.9 * count
+
+
+def test_a_fuzz_of_files_with_a_valid_checksum(loaders):
+    """Tensors that are not those of the table are refused; so are strange entries of the record,
+    but for those that make it another base or adapter."""
+    random, count = Random(2), 0
+    for kind in ("base", "adapter", "buffer", "checkpoint"):
+        file, load = loaders[kind]
+        whole, good = file.read_bytes(), load(file)
+        tensors, record = reward.read_weights(file, "")
+        record.pop("checksum")
+        for wrong in misfits(tensors, random) + misfits(tensors, random):
+            reward.write_weights(file, wrong, record)
+            assert not outcome(load, file), (kind, count)
+            count += 1
+        entries = record["generator"] if kind == "base" else {} if kind == "checkpoint" else record
+        for name, value in [(name, value) for name in entries for value in STRANGE]:
+            changed = entries | {name: value}
+            changed = record | {"generator": changed} if kind == "base" else changed
+            reward.write_weights(file, tensors, changed)
+            found, count = outcome(load, file), count + 1
+            other = (kind, name) in (("base", "flow"), ("adapter", "alpha"))
+            assert found in ("", good) or other, (kind, name, value)
+        file.write_bytes(whole)
+        assert load(file) == good
+    assert count > 250
+
+
+def test_a_full_disk_leaves_whole_files(tmp_path, tiny_base, monkeypatch, capsys):
+    """The error names the file; what was written before is kept, and nothing else is left."""
+    model, clips = tiny(), make_clips(HELD_OUT_PROMPTS, seeded(0))
+    adapter, buffer = Adapter.new(model, 2, 2.0), tiny_buffer(model, 1)
+    scores = reward.evaluate(clips, HELD_OUT_PROMPTS, brightness)
+    report = ["reward"], "", {"base": clips}, {"base": scores}, "0 minutes"
+    optimizer = torch.optim.AdamW(adapter.parameters())
+    writers = {
+        "rows.csv": lambda file: reward.append_row(file, {"a": 1, "b": 2}),
+        "clip.gif": lambda file: reward.save_gif({"": clips[None]}, file),
+        "buffer.safetensors": lambda file: save_buffer(buffer, file, {}),
+        "state": lambda file: reward.save_checkpoint(file, adapter.parameters(), optimizer, {}),
+        "adapter_model.safetensors": lambda file: adapter.save(file.parent, {}),
+        "judged.csv": lambda file: reward.write_report(file.parent, *report),
+    }
+    for name, write in writers.items():
+        write(tmp_path / name)
+
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(reward.os, "fsync", full)
+    before = sorted(file.read_bytes() for file in tmp_path.iterdir())
+    assert len(before) == 9
+    for name, write in writers.items():
+        with pytest.raises(UserError, match=rf"{name}: cannot be written .*No space left"):
+            write(tmp_path / name)
+        assert before == sorted(file.read_bytes() for file in tmp_path.iterdir())
+    line = ["--sample", PROMPTS[0], "--base", tiny_base, "--out", tmp_path / "new.gif"]
+    monkeypatch.setattr(sys, "stderr", None)  # closed: neither the bar nor the error line fails
+    assert arcopo.main(line) == 2 and not (tmp_path / "new.gif").exists()
+    code = (HERE / "arcopo.py").read_text() + (HERE / "reward.py").read_text()
+    assert not re.search(r"write_text|write_bytes|imwrite\(file", code)  # all through write_whole
+
+
+def test_too_little_memory_and_a_reward_that_exits_are_one_line(tiny_base, tmp_path, monkeypatch):
+    def fails(*a):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate ...")
+
+    (tmp_path / "exits.py").write_text("raise SystemExit")
+    monkeypatch.chdir(tmp_path)
+    line = ["--base", tiny_base, "--out", tmp_path / "run"]
+    assert arcopo.main([*line, "--reward", "exits:f=1"]) == 2
+    monkeypatch.setattr(arcopo, "load_generator", fails)
+    assert arcopo.main(line) == 2 and not (tmp_path / "run").exists()
+
+
+def test_sde_grpo_resumes_with_the_settings_of_the_run(tmp_path, tiny_base, monkeypatch):
+    def stops(*a, **k):
+        raise Crash
+
+    monkeypatch.setattr(arcopo, "align", stops)
+    line = ["--group", 3, "--anchors", 3, "--sde-lr", 0.01, "--base", tiny_base]
+    with pytest.raises(Crash):
+        sde_grpo.main([*line, "--out", tmp_path / "run"])
+    assert arcopo.main(["--resume", tmp_path / "run"]) == 2  # not a run of this program
+    found = []
+    monkeypatch.setattr(arcopo, "run", lambda settings, own, wrap: found.append(own) or 0)
+    assert sde_grpo.main(["--resume", tmp_path / "run"]) == 0
+    assert (found[0]["sde-grpo"].group, found[0]["sde-grpo"].lr) == (3, 0.01)
 
 
 # ------------------------------------------------------------------ README and help

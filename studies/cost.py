@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arcopo import (Adapter, Fork, Generator, Method, Noise, draw_noise, fork, load, methods, parse,
                     rollout, seeded, update)
-from reward import (TRAIN_PROMPTS, UserError, check_folder, command, markdown, progress,
-                    write_rows)
+from reward import (TRAIN_PROMPTS, UserError, check_folder, check_unused, command, markdown,
+                    progress, write_rows)
 from studies.sde_grpo import sde_grpo
 
 ROUNDS = 3
@@ -181,6 +181,9 @@ def operations(call: Callable) -> float:
 
 
 def study(settings) -> int:
+    unused = "resume steps save_every targets prompts_file buffer_groups buffer_lr buffer_reward"
+    unused += " sweep reward clip judge_samples judge_every method sample buffer"
+    check_unused(settings, unused.split(), "this study")
     folder = Path(settings.out or time.strftime("runs/cost-%Y%m%d-%H%M%S"))
     check_folder(folder, new=True)
     model, reward, _ = load(settings)

@@ -13,12 +13,14 @@ import torch
 from tqdm import tqdm
 
 from arcopo import draw_noise, fork, load, neighbor_noise, parse, seeded
-from reward import HELD_OUT_PROMPTS, append_row, check_folder, command
+from reward import HELD_OUT_PROMPTS, append_row, check_folder, check_unused, command
 
 GROUP = 4
 
 
 def study(settings) -> int:
+    used = "out base timesteps seed device precision reward clip"
+    check_unused(settings, vars(settings).keys() - {*used.split()}, "this study")
     folder = Path(settings.out or time.strftime("runs/entropy-%Y%m%d-%H%M%S"))
     check_folder(folder, new=True)
     model, reward, _ = load(settings)

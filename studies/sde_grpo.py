@@ -17,7 +17,7 @@ from torch import Tensor
 import arcopo
 from arcopo import (SECTIONS, Fork, Generator, Method, Noise, Settings, load_generator,
                     neighbor_noise, replay, seeded)
-from reward import UserError, command, option, parse_options
+from reward import UserError, check_unused, command, open_run, option, parse_options
 
 
 LR, CLIP_RANGE = 5e-4, 1.2e-5
@@ -34,10 +34,14 @@ class SdeSettings(Settings):
                                  "[0, 1e6]")
 
     def __post_init__(self):
+        unused = "method sample buffer buffer_groups buffer_lr buffer_reward sweep"
+        contrastive = self.policy == "contrastive"
+        unused += " sde_lr sde_clip_range" if contrastive else " sigma tau lr clip_range"
+        check_unused(self, unused.split(), f"--policy {self.policy}")
+        if self.anchors not in (Settings.anchors, self.group):
+            raise UserError(f"--anchors {self.anchors}: this study replays all branches")
+        self.anchors = self.anchors if self.resume else self.group
         super().__post_init__()
-        self.anchors = self.group
-        if self.method or self.sample or self.buffer:
-            raise UserError("--method, --sample and --buffer: not used by this study")
 
 
 def gaussian_log_density(x: Tensor, mean: Tensor, std: float | Tensor) -> Tensor:
@@ -89,9 +93,10 @@ def noisy(reward: Callable, deviation: float, seed: int) -> Callable:
 
 def main(arguments: list | None = None) -> int:
     def call() -> int:
-        settings = parse_options(
+        given = parse_options(
             SdeSettings, SECTIONS | {"policy": "SDE-GRPO"}, arguments, __doc__.split("\n\n")[0]
         )
+        settings, _ = open_run(given)  # with --resume, those of the run
         if not load_generator(settings.base, timesteps=settings.timesteps).solver_steps:
             raise UserError(
                 "--base, --timesteps: this sampler adds no noise that SDE-GRPO could "
@@ -101,7 +106,7 @@ def main(arguments: list | None = None) -> int:
         if settings.policy == "contrastive":
             own = {"on-policy": arcopo.methods(settings)["on-policy"]}
         wrap = lambda reward: noisy(reward, settings.reward_noise, settings.seed)
-        return arcopo.run(settings, own, wrap)
+        return arcopo.run(given, own, wrap)
 
     return command("sde_grpo", call)
 

@@ -28,6 +28,7 @@ from reward import (
     prompt_of,
     worded,
     write_weights,
+    write_whole,
 )
 
 CLIP_CONFIG = {
@@ -122,8 +123,8 @@ def train_clip(out: Path, steps: int, seed: int) -> None:
     weights = {
         name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()
     }
-    (out / "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG, indent=1) + "\n")
-    write_weights(out / "open_clip_model.safetensors", weights, {})
+    write_whole(out / "open_clip_config.json", json.dumps(CLIP_CONFIG, indent=1) + "\n")
+    write_weights(out / "open_clip_model.safetensors", weights, {"config": CLIP_CONFIG})
 
 
 def main(arguments: list | None = None) -> int:
