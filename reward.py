@@ -80,6 +80,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message}; --help lists the settings")
 
+    def parse_args(self, *arguments):
+        args = super().parse_args(*arguments)
+        if [] in vars(args).values():               # argparse makes no value of --
+            self.error("-- is not a value")
+        return args
+
 
 def nonempty(value: str) -> str:
     """The type of an argument that must not be empty."""

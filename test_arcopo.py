@@ -2037,6 +2037,11 @@ BAD = [
     (["--reward", "ta=-1"], "ta, vq, mq"),
     (["--reward", "ta=0"], "ta, vq, mq"),
     (["--reward", "ta"], "ta, vq, mq"),
+    (["--reward", "ta=1,ta=2"], "different NAMEs"),
+    (["--reward", "ta=1e300"], "1e6"),
+    (["--quasi-norm", "0.01"], "[0.1, 2]"),
+    (["--targets", "a{99999999999}"], "too large"),
+    (["--sweep", "0.4,0.40000001"], "six digits"),
     (["--reward", "no_such_module:f=1"], "ModuleNotFoundError"),
     (["--reward", "math:no_such=1"], "AttributeError"),
     (["--reward", "math:sqrt=1"], "failed (TypeError"),
@@ -2131,6 +2136,7 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
         (["--seed", "-1"], "--seed"),
         (["--out", "{afile}"], "is a file"),
         (["--out", ""], "empty"),
+        (["--out=--"], "not a value"),
     ],
 )
 def test_bad_input_of_the_studies(arguments, says, tmp_path, tiny_base, capsys):

@@ -122,7 +122,8 @@ def main(arguments: list | None = None) -> int:
         parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1 [5]")
         parser.add_argument("--out", type=nonempty, default=str(HERE),
                             help="folder of the CSVs [studies]")
-        parser.add_argument("--extra", type=nonempty, help="settings added to each command")
+        parser.add_argument("--extra", type=shlex.split, default=[],
+                            help="settings added to each command")
         args = parser.parse_args(arguments and [str(a) for a in arguments])
         known = {claim for claims, *_ in RUNS for claim in claims.split()}
         if not set(args.claims) <= known:
@@ -137,7 +138,7 @@ def main(arguments: list | None = None) -> int:
             for seed in fixed[0] if fixed else range(args.seeds):
                 if set(claims.split()) & set(args.claims) and not done(out, run, line, seed):
                     try:
-                        execute(out, run, line, seed, shlex.split(args.extra or ""))
+                        execute(out, run, line, seed, args.extra)
                     except subprocess.CalledProcessError as error:
                         raise UserError(f"{line}: failed with exit code "
                                         f"{error.returncode}") from error

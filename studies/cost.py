@@ -182,7 +182,7 @@ def operations(call: Callable) -> float:
 
 def study(settings) -> int:
     unused = "resume steps save_every targets prompts_file buffer_groups buffer_lr buffer_reward"
-    unused += " sweep reward clip judge_samples judge_every method sample buffer"
+    unused += " sweep judge_samples judge_every method sample buffer"
     check_unused(settings, unused.split(), "this study")
     folder = Path(settings.out or time.strftime("runs/cost-%Y%m%d-%H%M%S"))
     check_folder(folder, new=True)
