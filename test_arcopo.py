@@ -34,45 +34,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import arcopo
 import reward
-from arcopo import (
-    Adapter,
-    Fork,
-    Generator,
-    Method,
-    Settings,
-    choose_strength,
-    clipped_objective,
-    collect_buffer,
-    denoise,
-    draw_from,
-    draw_noise,
-    explore,
-    fork,
-    group_advantages,
-    iterate,
-    load_buffer,
-    merge_adapters,
-    methods,
-    neighbor_noise,
-    replay,
-    sample,
-    sample_batches,
-    save_buffer,
-    seeded,
-    surrogate_log_policy,
-    update,
-)
-from reward import (
-    CHUNKS,
-    HELD_OUT_PROMPTS,
-    QUALITIES,
-    TRAIN_PROMPTS,
-    ClipReward,
-    UserError,
-    WeightedReward,
-    judge,
-    make_clips,
-)
+from arcopo import (Adapter, Fork, Generator, Method, Settings, choose_strength, clipped_objective,
+                    collect_buffer, denoise, draw_from, draw_noise, explore, fork, group_advantages,
+                    iterate, load_buffer, merge_adapters, methods, neighbor_noise, replay, sample,
+                    sample_batches, save_buffer, seeded, surrogate_log_policy, update)
+from reward import (CHUNKS, HELD_OUT_PROMPTS, QUALITIES, TRAIN_PROMPTS, ClipReward, UserError,
+                    WeightedReward, judge, make_clips)
 from studies import cost, entropy, pretrain, sde_grpo, train_clip
 from studies.pretrain import encode, save_generator
 from studies.sde_grpo import gaussian_log_density
@@ -83,9 +50,12 @@ PROMPTS = TRAIN_PROMPTS[:3]
 
 def tiny(seed: int = 0, bf16: bool = False, flow: bool = False) -> Generator:
     torch.manual_seed(seed)
-    model = Generator(
-        width=32, layers=2, heads=2, timesteps=(1.0, 0.6, 0.33, 0.14), flow=flow, bf16=bf16
-    ).requires_grad_(False)
+    model = Generator(width=32,
+                      layers=2,
+                      heads=2,
+                      timesteps=(1.0, 0.6, 0.33, 0.14),
+                      flow=flow,
+                      bf16=bf16).requires_grad_(False)
     nn.init.normal_(model.head.weight, std=0.1)
     nn.init.normal_(model.patch.weight, std=0.2)  # so that the noise, not only the prompt, decides
     return model
@@ -97,18 +67,15 @@ def nonzero(adapter: Adapter, seed: int = 1) -> Adapter:
     return adapter
 
 
-def forked(
-    model: Generator,
-    pivot: int,
-    sigma: float = 0.5,
-    group: int = 4,
-    seed: int = 0,
-    method: str = "on-policy",
-):
+def forked(model: Generator,
+           pivot: int,
+           sigma: float = 0.5,
+           group: int = 4,
+           seed: int = 0,
+           method: str = "on-policy"):
     noise = draw_noise(model, len(PROMPTS), seeded(seed))
-    own = tiny_method(method, group=group, sigma=max(sigma, 1e-30)).branch_noise(
-        noise, pivot, seeded(seed, 1)
-    )
+    own = tiny_method(method, group=group,
+                      sigma=max(sigma, 1e-30)).branch_noise(noise, pivot, seeded(seed, 1))
     return fork(model, PROMPTS, pivot, noise, *own)
 
 
@@ -126,16 +93,12 @@ def tiny_method(name: str, **changes):
 
 
 def test_split_is_fixed_and_disjoint():
-    assert (
-        len(TRAIN_PROMPTS) == 96
-        and len(HELD_OUT_PROMPTS) == 24
-        and not set(TRAIN_PROMPTS) & set(HELD_OUT_PROMPTS)
-    )
+    assert (len(TRAIN_PROMPTS) == 96 and len(HELD_OUT_PROMPTS) == 24
+            and not set(TRAIN_PROMPTS) & set(HELD_OUT_PROMPTS))
     for words in (reward.COLOURS, reward.SHAPES, reward.MOTIONS):
         for word in words:
-            assert any(word in p for p in TRAIN_PROMPTS) and any(
-                word in p for p in HELD_OUT_PROMPTS
-            )
+            assert any(word in p for p in TRAIN_PROMPTS) and any(word in p
+                                                                 for p in HELD_OUT_PROMPTS)
 
 
 def test_judge_is_near_perfect_on_the_sharp_world():
@@ -154,19 +117,14 @@ def test_judge_is_low_on_the_wrong_prompt():
         assert scores[name].mean() < 0.02
 
 
-@pytest.mark.parametrize(
-    "quality, visual, motion",
-    [("blurry", 0.8, 1), ("noisy", 0.3, 0.7), ("dim", 0.55, 1), ("flickering", 0.7, 0.55)],
-)
+@pytest.mark.parametrize("quality, visual, motion", [("blurry", 0.8, 1), ("noisy", 0.3, 0.7),
+                                                     ("dim", 0.55, 1), ("flickering", 0.7, 0.55)])
 def test_judge_is_low_on_degraded_clips(quality, visual, motion):
     """Blur, noise and dimming lower visual; noise and flicker lower motion; text stays right."""
     scores = judge(make_clips(TRAIN_PROMPTS, seeded(0), quality), TRAIN_PROMPTS)
     sharp = judge(make_clips(TRAIN_PROMPTS, seeded(0), "sharp"), TRAIN_PROMPTS)
-    assert (
-        scores["visual"].mean() < visual
-        and scores["motion_quality"].mean() < motion
-        and scores["text"].mean() > 0.95
-    )
+    assert (scores["visual"].mean() < visual and scores["motion_quality"].mean() < motion
+            and scores["text"].mean() > 0.95)
     assert (scores["visual"] < sharp["visual"] - 0.1).all()
 
 
@@ -195,8 +153,7 @@ def test_clip_reward_prefers_the_right_prompt_the_sharp_and_the_steady(clip):
     sharp = make_clips(TRAIN_PROMPTS, seeded(0), "sharp")
     wrong = [
         reward.prompt_of((c + 1) % 6, (s + 1) % 4, m)
-        for c, s, m in reward.attributes(TRAIN_PROMPTS).tolist()
-    ]
+        for c, s, m in reward.attributes(TRAIN_PROMPTS).tolist()]
     ta, vq, mq = clip.text_alignment, clip.visual_quality, clip.motion_quality
     often = lambda better: better.float().mean()
     assert often(ta(sharp, TRAIN_PROMPTS) > ta(sharp, wrong)) > 0.99
@@ -212,13 +169,11 @@ def test_clip_reward_is_open_clips_own_model(clip):
     folder = HERE / "assets" / "clip"
     model = open_clip.create_model(f"local-dir:{folder}").eval()
     frames = make_clips(PROMPTS, seeded(0))[:, 0]
-    mean, std = (
-        torch.tensor(v)[:, None, None] for v in (model.visual.image_mean, model.visual.image_std)
-    )
+    mean, std = (torch.tensor(v)[:, None, None]
+                 for v in (model.visual.image_mean, model.visual.image_std))
     with torch.no_grad():
-        assert torch.allclose(
-            model.encode_image((frames - mean) / std, normalize=True), clip.frame_features(frames)
-        )
+        assert torch.allclose(model.encode_image((frames - mean) / std, normalize=True),
+                              clip.frame_features(frames))
     for name in (str(folder), str(folder / "open_clip_model.safetensors")):
         assert torch.equal(ClipReward(name).text_features(PROMPTS), clip.text_features(PROMPTS))
 
@@ -228,8 +183,7 @@ def test_clip_reward_loads_any_architecture_with_local_weights(tmp_path):
     import open_clip
 
     config = train_clip.CLIP_CONFIG["model_cfg"] | {
-        "vision_cfg": {"image_size": 48, "layers": 1, "width": 64, "patch_size": 16}
-    }
+        "vision_cfg": {"image_size": 48, "layers": 1, "width": 64, "patch_size": 16}}
     (tmp_path / "tiny-vit.json").write_text(json.dumps(config))
     open_clip.add_model_config(tmp_path / "tiny-vit.json")
     model = open_clip.create_model("tiny-vit")
@@ -242,10 +196,8 @@ def test_clip_reward_loads_any_architecture_with_local_weights(tmp_path):
 
 def test_weighted_reward_puts_the_components_on_one_scale():
     parts = {
-        "ta": lambda clips, prompts: clips[:, 0],
-        "vq": lambda clips, prompts: 1000 * clips[:, 1],
-        "mq": lambda clips, prompts: clips[:, 2] / 1000,
-    }
+        "ta": lambda clips, prompts: clips[:, 0], "vq": lambda clips, prompts: 1000 * clips[:, 1],
+        "mq": lambda clips, prompts: clips[:, 2] / 1000}
     clips = torch.randn(500, 3, generator=seeded(0))
     weighted = WeightedReward(parts, {"ta": 2.0, "vq": 1.0}, clips, [""] * 500)
     z = (clips - clips.mean(0)) / clips.std(0)
@@ -291,15 +243,8 @@ def test_aesthetic_is_laions_head_on_unit_features(tiny_clip, tmp_path):
     save_file(tiny_clip.state_dict(), tmp_path / "vit_large_patch14_clip_224.openai.safetensors")
     sizes = (768, 1024), (1024, 128), (128, 64), (64, 16), (16, 1)
     head = nn.Sequential(  # with the dropout of the original, for the numbers in its keys
-        nn.Linear(*sizes[0]),
-        nn.Dropout(),
-        nn.Linear(*sizes[1]),
-        nn.Dropout(),
-        nn.Linear(*sizes[2]),
-        nn.Dropout(),
-        nn.Linear(*sizes[3]),
-        nn.Linear(*sizes[4]),
-    ).eval()
+        nn.Linear(*sizes[0]), nn.Dropout(), nn.Linear(*sizes[1]), nn.Dropout(),
+        nn.Linear(*sizes[2]), nn.Dropout(), nn.Linear(*sizes[3]), nn.Linear(*sizes[4])).eval()
     weights = {f"layers.{name}": x for name, x in head.state_dict().items()}
     torch.save(weights, tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
     score, clips = reward.Aesthetic("cpu", "tiny-h"), make_clips(PROMPTS, seeded(0))
@@ -319,9 +264,8 @@ def test_frames_are_resized_by_the_shorter_side_and_cropped(clip):
     from torchvision.transforms.functional import to_pil_image
 
     config = clip.model.visual.preprocess_cfg
-    transform = open_clip.transform.image_transform_v2(
-        open_clip.transform.PreprocessCfg(**config), is_train=False
-    )
+    transform = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**config),
+                                                       is_train=False)
     frames = torch.rand(4, 3, 70, 96, generator=seeded(0)).round(decimals=2)
     frames = torch.nn.functional.avg_pool2d(frames, 5, 1, 2)
     with torch.no_grad():
@@ -343,7 +287,7 @@ def test_hps_sees_the_whole_frame(clip, height, width):
     small = nn.functional.interpolate(frames, size, mode="bicubic", antialias=True).clamp(0, 1)
     expected = torch.zeros(2, 3, 32, 32)
     top, left = ((32 - n) // 2 for n in size)
-    expected[:, :, top : top + size[0], left : left + size[1]] = small
+    expected[:, :, top:top + size[0], left:left + size[1]] = small
     assert torch.allclose(seen[0] * std + mean, expected, atol=1e-5)
 
 
@@ -356,7 +300,7 @@ def one_pass(model: Generator, x, t, prompts) -> tuple[torch.Tensor, torch.Tenso
     N, L, F, C, S, W = *x.shape[:5], model.width
     side, K = S // arcopo.PATCH, model.tokens
     words = model.begin(prompts).words
-    frequency = 1e4 ** (-torch.arange(128) / 128)
+    frequency = 1e4**(-torch.arange(128) / 128)
     angle = 1000 * t[..., None] * frequency
     condition = model.time(torch.cat([angle.cos(), angle.sin()], -1)) + words[:, None]  # [N, L, W]
     modulation = model.modulation(condition).view(N, L, 1, 6, W)
@@ -398,14 +342,12 @@ def test_cached_prediction_equals_one_pass_with_the_block_causal_mask():
 def test_prediction_at_a_time_sees_its_own_past_alone():
     """predict_all (pre-training) = one pass over clean past and a noisy chunk, row by row."""
     model, clean = tiny(), encode(make_clips(PROMPTS, seeded(0)))
-    t, noisy = (
-        torch.rand(3, CHUNKS, generator=seeded(1)),
-        torch.randn(clean.shape, generator=seeded(2)),
-    )
+    t, noisy = (torch.rand(3, CHUNKS,
+                           generator=seeded(1)), torch.randn(clean.shape, generator=seeded(2)))
     forced = pretrain.predict_all(model, noisy, t, pretrain.contexts(model, clean, PROMPTS))
     for p in range(CHUNKS):
-        x = torch.cat([clean[:, :p], noisy[:, p : p + 1]], 1)
-        times = torch.cat([torch.zeros(3, p), t[:, p : p + 1]], 1)
+        x = torch.cat([clean[:, :p], noisy[:, p:p + 1]], 1)
+        times = torch.cat([torch.zeros(3, p), t[:, p:p + 1]], 1)
         assert torch.allclose(one_pass(model, x, times, PROMPTS)[0][:, p], forced[:, p], atol=1e-5)
     clean[1], clean[:, 2] = 0, 0  # another row; a later chunk
     other = pretrain.predict_all(model, noisy, t, pretrain.contexts(model, clean, PROMPTS))
@@ -423,8 +365,7 @@ def test_fork(pivot, flow, bf16):
     assert (chunks[:, 1:, pivot] != chunks[:, :1, pivot]).any()
     assert torch.allclose(
         model.decode(branches.candidates[:, -1].flatten(0, 1)[:, None]).unflatten(0, (3, 4)),
-        chunks[:, :, pivot],
-    )
+        chunks[:, :, pivot])
     again, same = forked(model, pivot)
     assert torch.equal(same, clips)  # same seed, same rollout
     assert all(torch.equal(getattr(again, n), getattr(branches, n)) for n in ("states", "prefix"))
@@ -436,9 +377,8 @@ def test_fork(pivot, flow, bf16):
 def test_fork_without_radius_is_plain_sampling(pivot, flow):
     """sigma -> 0 recovers the sampler: every branch is the clip of the base noise."""
     model = tiny(flow=flow)
-    clips = sample(model, PROMPTS, draw_noise(model, 3, seeded(0)))[:, None].expand(
-        -1, 4, -1, -1, -1, -1
-    )
+    clips = sample(model, PROMPTS, draw_noise(model, 3,
+                                              seeded(0)))[:, None].expand(-1, 4, -1, -1, -1, -1)
     assert torch.allclose(forked(model, pivot, 0)[1], clips, atol=1e-5)
     assert torch.allclose(forked(model, pivot, 1e-7)[1], clips, atol=1e-4)
 
@@ -452,9 +392,9 @@ def test_nothing_but_the_pivots_initial_noise_differs():
     for i in range(group):
         initial = noise.initial.clone()
         initial[:, pivot] = neighbours[i]
-        assert torch.allclose(
-            sample(model, PROMPTS, noise._replace(initial=initial)), clips[:, i], atol=1e-5
-        )
+        assert torch.allclose(sample(model, PROMPTS, noise._replace(initial=initial)),
+                              clips[:, i],
+                              atol=1e-5)
 
 
 def test_sde_branches_differ_in_the_pivots_solver_noise_alone():
@@ -494,17 +434,13 @@ def test_the_flow_sampler_solves_its_ode():
 
     class Gaussian:  # E[x0 | x_t] with x_t = (1 - t) x0 + t ε, x0 ~ N(m, s²)
         timesteps, flow = tuple(torch.linspace(1, 0.001, 1000).tolist()), True
-        predict = staticmethod(
-            lambda x, t, context: (
-                m + (1 - t) * s**2 / ((1 - t) ** 2 * s**2 + t**2) * (x - (1 - t) * m)
-            )
-        )
+        predict = staticmethod(lambda x, t, context: (m + (1 - t) * s**2 / (
+            (1 - t)**2 * s**2 + t**2) * (x - (1 - t) * m)))
 
     initial = torch.randn(2, 5, generator=seeded(0))
     states, outputs = denoise(Gaussian, None, initial, initial[:, None][:, :0])
     assert torch.allclose(outputs[:, -1], m + s * initial, atol=0.01) and torch.equal(
-        states[:, 1:], outputs[:, :-1]
-    )
+        states[:, 1:], outputs[:, :-1])
 
 
 def test_the_shipped_base_is_good_imperfect_and_every_pivot_matters(clip):
@@ -518,21 +454,19 @@ def test_the_shipped_base_is_good_imperfect_and_every_pivot_matters(clip):
     for pivot in range(CHUNKS):
         forks = forked(model, pivot, group=6)[1].flatten(0, 1)
         rewards = scorer(forks, [p for p in PROMPTS for _ in range(6)])["reward"].view(-1, 6)
-        assert (
-            rewards.std(1, correction=0).mean() > 0.03
-        )  # a world whose first chunk decides all gives less than 0.02
+        assert (rewards.std(1, correction=0).mean()
+                > 0.03)  # a world whose first chunk decides all gives less than 0.02
 
 
 def test_the_two_trainings_start_from_different_adapters_and_methods_of_a_kind_share_theirs(
-    tmp_path, monkeypatch
-):
+        tmp_path, monkeypatch):
     model, started = tiny(), {}
     new = Adapter.new
     for name in ("on-policy", "semi", "off-policy", "sde-grpo"):
         monkeypatch.setattr(
             Adapter,
             "new",
-            lambda *a, **k: started.setdefault(name, new(*a, **k)),  # noqa: B023
+            lambda *a, **k: started.setdefault(name, new(*a, **k))  # noqa: B023
         )
         method = replace(tiny_method(name), steps=0)
         curve = lambda: {"reward": torch.zeros(1)}
@@ -547,30 +481,18 @@ def test_no_two_random_streams_coincide():
     """Those of 1,000 runs, of pre-training and of studies; seeds beyond 32 and 63 bits too."""
     streams = [(name,) for name in ("calibration", "judging", "curve", "sampling", "study")]
     streams += [
-        (kind, part) for kind in ("explored", "buffered") for part in ("adapter", *range(9))
-    ]
+        (kind, part) for kind in ("explored", "buffered") for part in ("adapter", *range(9))]
     streams += [("buffer", first) for first in range(0, 20, 4)] + [("teacher", 0), ("student", 0)]
     seeds = [
-        *range(990),
-        *(2**k for k in (31, 32, 33, 62, 63)),
-        -1,
-        2**32 + 1,
-        10**18,
-        11**18,
-        12**18,
-    ]
+        *range(990), *(2**k for k in (31, 32, 33, 62, 63)), -1, 2**32 + 1, 10**18, 11**18, 12**18]
     drawn = [
-        torch.randint(2**62, (2,), generator=seeded(seed, *stream)).tolist()
-        for seed in seeds
-        for stream in streams
-    ]
+        torch.randint(2**62, (2,), generator=seeded(seed, *stream)).tolist() for seed in seeds
+        for stream in streams]
     assert len({tuple(numbers) for numbers in drawn}) == len(drawn) == 1000 * 32
-    assert not torch.equal(
-        torch.randn(3, generator=seeded(1, 23)), torch.randn(3, generator=seeded(12, 3))
-    )
-    assert torch.equal(
-        torch.randn(3, generator=seeded(0, "a")), torch.randn(3, generator=seeded(0, "a"))
-    )
+    assert not torch.equal(torch.randn(3, generator=seeded(1, 23)),
+                           torch.randn(3, generator=seeded(12, 3)))
+    assert torch.equal(torch.randn(3, generator=seeded(0, "a")),
+                       torch.randn(3, generator=seeded(0, "a")))
 
 
 def test_hashed_streams_are_random():
@@ -587,11 +509,9 @@ def test_neighbor_noise():
     for sigma in (0.1, 0.5, 1.0):
         noise = neighbor_noise(base, sigma, 3, seeded(1))
         assert noise.shape == (3, 20000) and (noise.std(1) - 1).abs().max() < 0.03
-        assert torch.allclose(
-            (noise * base).mean(1) / base.square().mean(),
-            torch.tensor((1 - sigma**2) ** 0.5).expand(3),
-            atol=0.03,
-        )
+        assert torch.allclose((noise * base).mean(1) / base.square().mean(),
+                              torch.tensor((1 - sigma**2)**0.5).expand(3),
+                              atol=0.03)
     assert torch.equal(neighbor_noise(base, 0.0, 2), base.expand(2, -1))
     with pytest.raises(ValueError):
         neighbor_noise(base, 1.5, 2)
@@ -601,25 +521,20 @@ def test_group_advantages():
     rewards = 5 + torch.randn(7, 12, generator=seeded(0))
     A = group_advantages(rewards)
     assert torch.allclose(A.mean(1), torch.zeros(7), atol=1e-6) and torch.allclose(
-        A.std(1, correction=0), torch.ones(7), atol=1e-5
-    )
+        A.std(1, correction=0), torch.ones(7), atol=1e-5)
     for p in (0.8, 2.0):
-        assert torch.allclose(
-            group_advantages(rewards, p),
-            A / A.abs().pow(p).sum(1, keepdim=True).pow(1 / p),
-            atol=1e-6,
-        )
+        assert torch.allclose(group_advantages(rewards, p),
+                              A / A.abs().pow(p).sum(1, keepdim=True).pow(1 / p),
+                              atol=1e-6)
     assert torch.allclose(group_advantages(rewards, 2.0), A / 12**0.5, atol=1e-6)
     for value in (0.1, 1000.1):  # exactly zero, though the mean of 0.1 is not 0.1 in float32
-        assert (group_advantages(torch.full((12,), value)) == 0).all() and (
-            group_advantages(torch.full((12,), value), 0.8) == 0
-        ).all()
+        assert (group_advantages(torch.full(
+            (12,), value)) == 0).all() and (group_advantages(torch.full(
+                (12,), value), 0.8) == 0).all()
     nearly = 0.001 * rewards
     for p in (0.0, 0.8):
-        assert (
-            group_advantages(nearly, p, floor=0.1).abs().max()
-            < 0.05 * group_advantages(rewards, p).abs().max()
-        )
+        assert (group_advantages(nearly, p, floor=0.1).abs().max()
+                < 0.05 * group_advantages(rewards, p).abs().max())
 
 
 def objective(anchor, candidates, advantages, tau, old, clip):
@@ -667,8 +582,8 @@ def test_a_wide_clip_is_no_clip_and_eq_3_holds():
     log_ratio, A = 0.3 * torch.randn(12, generator=g), torch.randn(12, generator=g)
     assert clipped_objective(log_ratio, A, 100.0) == clipped_objective(log_ratio, A, math.inf)
     terms = [
-        min(r * a, min(max(r, 0.9), 1.1) * a) for r, a in zip(log_ratio.exp().tolist(), A.tolist())
-    ]
+        min(r * a,
+            min(max(r, 0.9), 1.1) * a) for r, a in zip(log_ratio.exp().tolist(), A.tolist())]
     assert clipped_objective(log_ratio, A, 0.1).item() == pytest.approx(sum(terms) / 12, rel=1e-5)
 
 
@@ -708,11 +623,9 @@ def test_tau_does_not_depend_on_the_size_of_a_chunk():
 def test_gaussian_log_density_is_that_of_torch_distributions():
     x, mean = torch.randn(2, 3, 4, generator=seeded(0), dtype=torch.double)
     for std in (0.3, torch.tensor([0.1, 0.5, 1.0, 2.0], dtype=torch.double)):
-        assert torch.allclose(
-            gaussian_log_density(x, mean, std),
-            torch.distributions.Normal(mean, std).log_prob(x),
-            rtol=1e-6,
-        )
+        assert torch.allclose(gaussian_log_density(x, mean, std),
+                              torch.distributions.Normal(mean, std).log_prob(x),
+                              rtol=1e-6)
 
 
 def test_sde_log_policies_are_those_of_each_re_noising():
@@ -724,11 +637,8 @@ def test_sde_log_policies_are_those_of_each_re_noising():
     assert log_policies.shape == (3, 3, 4)
     for i, s in enumerate(model.timesteps[1:]):
         mean = (1 - s) * branches.candidates[:, i]
-        expected = (
-            torch.distributions.Normal(mean, s)
-            .log_prob(branches.states[:, i + 1])
-            .mean((2, 3, 4, 5))
-        )
+        expected = (torch.distributions.Normal(mean, s).log_prob(branches.states[:, i + 1]).mean(
+            (2, 3, 4, 5)))
         assert torch.allclose(log_policies[:, i], expected, atol=1e-4)
 
 
@@ -752,15 +662,13 @@ def brightness(clips, prompts):
     return {"reward": clips.mean((1, 2, 3, 4))}
 
 
-def trainer(
-    model: Generator,
-    adapter: Adapter,
-    lr: float = 1e-2,
-    method: str = "on-policy",
-    reward=brightness,
-    buffer=None,
-    **changes,
-):
+def trainer(model: Generator,
+            adapter: Adapter,
+            lr: float = 1e-2,
+            method: str = "on-policy",
+            reward=brightness,
+            buffer=None,
+            **changes):
     """step -> the row of iterate."""
     method = tiny_method(method, **changes)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr, weight_decay=0)
@@ -817,9 +725,7 @@ def test_every_method_changes_only_the_adapter(method):
 def test_the_buffer_comes_from_the_reference():
     """An entry is the fork of the base itself, with the reward of its clips."""
     model, method = tiny(), tiny_method("semi")
-    branches, scores = explore(
-        model, method, TRAIN_PROMPTS, brightness, 2, seeded(0, "buffer", 0)
-    )
+    branches, scores = explore(model, method, TRAIN_PROMPTS, brightness, 2, seeded(0, "buffer", 0))
     for n, group in enumerate(tiny_buffer(model, size=2)):
         assert torch.equal(group["reward"], scores["reward"][n])
         assert group["prompt"] == branches.prompts[n]
@@ -883,17 +789,14 @@ def test_draws_return_unchanged_entries_of_one_pivot():
 
 def test_with_the_adapter_at_zero_the_ratio_of_semi_is_one_and_then_moves_away():
     model = tiny()
-    step = trainer(
-        model,
-        Adapter.new(model, 4, 4.0, seeded(0)),
-        method="semi",
-        buffer=tiny_buffer(model),
-        updates=1,
-    )
+    step = trainer(model,
+                   Adapter.new(model, 4, 4.0, seeded(0)),
+                   method="semi",
+                   buffer=tiny_buffer(model),
+                   updates=1)
     rows = [step(i) for i in range(3)]
-    assert (
-        rows[0]["ratio_first"] == 1 and rows[2]["ratio_first"] != 1
-    )  # against π_ref, not against itself
+    assert (rows[0]["ratio_first"] == 1
+            and rows[2]["ratio_first"] != 1)  # against π_ref, not against itself
 
 
 def test_semi_and_off_policy_differ_by_the_clip_alone():
@@ -908,48 +811,42 @@ def test_semi_and_off_policy_differ_by_the_clip_alone():
         for i in range(3):
             step(i)
     off, unclipped, semi = (adapter.parameters() for adapter in adapters.values())
-    assert all(torch.equal(a, b) for a, b in zip(off, unclipped)) and not all(
-        torch.equal(a, b) for a, b in zip(off, semi)
-    )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(off, unclipped)) and not all(torch.equal(a, b) for a, b in zip(off, semi))
 
 
 def test_the_clip_keeps_semi_near_the_reference():
     """With the clip the ratio to the reference stays near 1; without it, it does not."""
     model, buffer, ratios = tiny(), tiny_buffer(tiny()), {}
     for method in ("semi", "off-policy"):
-        step = trainer(
-            model,
-            Adapter.new(model, 4, 4.0, seeded(0)),
-            3e-3,
-            method,
-            buffer=buffer,
-            clip_range=1e-4,
-        )
+        step = trainer(model,
+                       Adapter.new(model, 4, 4.0, seeded(0)),
+                       3e-3,
+                       method,
+                       buffer=buffer,
+                       clip_range=1e-4)
         ratios[method] = [abs(step(i)["ratio_first"] - 1) for i in range(15)][-5:]
     assert sum(ratios["semi"]) < sum(ratios["off-policy"]) / 3
 
 
 def test_the_rule_that_chooses_s():
     nan, base = math.nan, (0.0, 0.5)
-    assert (
-        choose_strength({0.4: (0.1, 0.6), 0.8: (0.2, 0.51), 1.0: (0.9, 0.49)}, base) == 0.8
-    )  # 1.0 is reward hacking
+    assert (choose_strength({0.4: (0.1, 0.6), 0.8: (0.2, 0.51), 1.0: (0.9, 0.49)},
+                            base) == 0.8)  # 1.0 is reward hacking
     assert choose_strength({1.0: (0.9, 0.9), 0.4: (0.1, 0.6)}, base) == 1.0  # whatever the order
     assert choose_strength({0.4: (-0.1, 0.9), 0.8: (0.2, 0.4)}, base) is None  # none improves both
     assert choose_strength({}, base) is None
-    assert (
-        choose_strength({0.4: (0.1, 0.6), 0.8: (0.0, 0.6), 1.0: (0.1, 0.5)}, base) == 0.4
-    )  # a tie is no gain
+    assert (choose_strength({0.4: (0.1, 0.6), 0.8: (0.0, 0.6), 1.0: (0.1, 0.5)},
+                            base) == 0.4)  # a tie is no gain
     assert choose_strength({0.4: (0.1, 0.6), 0.8: (nan, 0.6), 1.0: (0.1, nan)}, base) == 0.4
     assert choose_strength({0.4: (0.1, 0.6)}, (nan, 0.5)) is None
 
 
 def test_merging_two_adapters_equals_applying_both(tmp_path):
     model, noise = tiny(), draw_noise(tiny(), 3, seeded(0))
-    a, b = (
-        nonzero(Adapter.new(model, 4, 8.0, seeded(1)), 1),
-        nonzero(Adapter.new(model, 2, 1.0, seeded(2)), 2),
-    )
+    a, b = (nonzero(Adapter.new(model, 4, 8.0, seeded(1)),
+                    1), nonzero(Adapter.new(model, 2, 1.0, seeded(2)), 2))
     with a.on(model), b.on(model, 0.6):
         both = sample(model, PROMPTS, noise)
     about = {"base": "", "timesteps": list(model.timesteps)}
@@ -997,13 +894,9 @@ def test_a_group_without_rewards_changes_nothing_for_the_others():
             branches, clips = forked(model, 1)
         rewards = clips.mean((2, 3, 4, 5))
         if scores is None:
-            branches = Fork(
-                branches.prompts[:2],
-                *(x[:2] for x in (branches.prefix,)),
-                arcopo.Context(*(x[:2] for x in branches.context)),
-                branches.states[:2],
-                branches.candidates[:2],
-            )
+            branches = Fork(branches.prompts[:2], *(x[:2] for x in (branches.prefix,)),
+                            arcopo.Context(*(x[:2] for x in branches.context)), branches.states[:2],
+                            branches.candidates[:2])
             rewards = rewards[:2]
         else:
             rewards = torch.cat([rewards[:2], torch.full((1, 4), math.nan)])
@@ -1048,8 +941,7 @@ def test_a_non_finite_gradient_skips_the_update():
     adapter.parameters()[0].register_hook(lambda grad: grad * float("inf"))
     row = trainer(model, adapter)(0)
     assert row["skipped"] == 2 and all(
-        torch.equal(a, b) for a, b in zip(before, adapter.parameters())
-    )
+        torch.equal(a, b) for a, b in zip(before, adapter.parameters()))
 
 
 @pytest.mark.parametrize("flow", [False, True])
@@ -1064,7 +956,7 @@ def test_a_few_iterations_raise_a_simple_reward(flow):
     with adapter.on(model):
         after = brightness(sample(model, prompts, noise), prompts)["reward"]
     change = after - before
-    assert change.mean() > 3 * change.std() / len(change) ** 0.5 > 0
+    assert change.mean() > 3 * change.std() / len(change)**0.5 > 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -1074,12 +966,10 @@ def test_cuda_agrees_with_the_cpu(bf16):
     on_cpu = forked(model, 1)[1]
     assert torch.allclose(forked(model.cuda(), 1)[1].cpu(), on_cpu, atol=0.05 if bf16 else 1e-3)
     for method in [*arcopo.METHODS, "sde-grpo"]:
-        row = trainer(
-            model,
-            nonzero(Adapter.new(model, 4, 4.0, seeded(0))),
-            method=method,
-            buffer=tiny_buffer(model),
-        )(0)
+        row = trainer(model,
+                      nonzero(Adapter.new(model, 4, 4.0, seeded(0))),
+                      method=method,
+                      buffer=tiny_buffer(model))(0)
         assert row["skipped"] == 0 and (row["ratio_first"] == 1 or tiny_method(method).buffered)
 
 
@@ -1096,8 +986,9 @@ class Transfers(TorchDispatchMode):
         if name in ("_to_copy", "copy_", "lift_fresh"):
             source, target = (args[0], out) if name != "copy_" else (args[1], args[0])
             if source.device != target.device:
-                names = [frame.name for frame in traceback.extract_stack()
-                         if Path(frame.filename).name == "arcopo.py"]
+                names = [
+                    frame.name for frame in traceback.extract_stack()
+                    if Path(frame.filename).name == "arcopo.py"]
                 self.places.append(names[-1] if names else "")
         return out
 
@@ -1109,21 +1000,26 @@ def test_every_method_runs_on_a_fake_gpu(name, monkeypatch):
     waits = []
 
     def stub(result):
+
         def call(x, *rest, **more):
             if x.device.type == "cuda":
                 waits.append(traceback.extract_stack()[-2].name)
             return result(x) if callable(result) else result
+
         return call
-    for function, result in {"__bool__": True, "__int__": 1, "__index__": 0,
-                             "tolist": lambda x: [0.0] * x.numel()}.items():
+
+    for function, result in {
+            "__bool__": True, "__int__": 1, "__index__": 0,
+            "tolist": lambda x: [0.0] * x.numel()}.items():
         monkeypatch.setattr(torch.Tensor, function, stub(result))
     monkeypatch.setattr(FakeTensor, "tolist", torch.Tensor.tolist)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
         model = Generator(16, 1, 2, flow=name == "flow").requires_grad_(False)
         model.chunks = 2
         plain = dict(group=3, anchors=2, prompts=2, rank=2, alpha=2.0)
-        kinds = {"semi": Method(**plain, buffered=True), "sde-grpo": sde_grpo.SdeGrpo(**plain),
-                 "off-policy": Method(**plain, buffered=True, clip_range=math.inf)}
+        kinds = {
+            "semi": Method(**plain, buffered=True), "sde-grpo": sde_grpo.SdeGrpo(**plain),
+            "off-policy": Method(**plain, buffered=True, clip_range=math.inf)}
         method = kinds.get(name, Method(**plain))
     with FakeTensorMode(allow_non_fake_inputs=True):
         adapter = Adapter.new(model, 2, 2.0, seeded(0))
@@ -1131,6 +1027,7 @@ def test_every_method_runs_on_a_fake_gpu(name, monkeypatch):
         def backward(x):
             for p in adapter.parameters():
                 p.grad = torch.zeros_like(p)
+
         monkeypatch.setattr(torch.Tensor, "backward", backward)
         optimizer = torch.optim.AdamW(adapter.parameters(), 1e-3)
         brightness = lambda clips, prompts: {"reward": clips.flatten(1).mean(1)}
@@ -1237,11 +1134,8 @@ def test_the_core_runs_on_another_generator_of_any_latent_shape(shape, flow):
         buffer = collect_buffer(model, method, prompts, level, 5, 0)
         adapter = nonzero(Adapter.new(model, 4, 4.0, seeded(0)))
         optimizer = torch.optim.AdamW(adapter.parameters(), 1e-2, weight_decay=0)
-        groups = lambda g: (
-            draw_from(buffer, model, 3, g)
-            if method.buffered
-            else explore(model, method, prompts, level, 3, g)
-        )
+        groups = lambda g: (draw_from(buffer, model, 3, g)
+                            if method.buffered else explore(model, method, prompts, level, 3, g))
         row = iterate(model, adapter, optimizer, method, groups, seeded(1))
         assert row["skipped"] == 0 and row["grad_norm"] > 0
         assert method.buffered or row["ratio_first"] == 1
@@ -1263,9 +1157,9 @@ def test_each_prompt_gets_its_own_times_whatever_the_shape(shape, flow):
         with nonzero(Adapter.new(model, 4, 4.0, seeded(0))).on(model):
             together = method.log_policies(model, whole, *pairs.T)
             for n in range(3):
-                context = Cache(*(x[n : n + 1] for x in whole.context[:3]), whole.context.end)
-                own = [x[n : n + 1] for x in (whole.states, whole.candidates)]
-                one = Fork(prompts[n : n + 1], whole.prefix[n : n + 1], context, *own)
+                context = Cache(*(x[n:n + 1] for x in whole.context[:3]), whole.context.end)
+                own = [x[n:n + 1] for x in (whole.states, whole.candidates)]
+                one = Fork(prompts[n:n + 1], whole.prefix[n:n + 1], context, *own)
                 for k, pair in enumerate(pairs):
                     alone = method.log_policies(model, one, *pair[None].T)
                     assert torch.allclose(alone[0, 0], together[n, k], atol=1e-5)
@@ -1426,8 +1320,8 @@ class Network(nn.Module):
             q, k, v = block(y.tanh()).unflatten(2, (3, 2, 8)).unbind(2)
             start = cache["local_end_index"].item()
             assert start == cache["global_end_index"].item() == current_start
-            cache["k"][:, start : start + y.shape[1]] = k
-            cache["v"][:, start : start + y.shape[1]] = v
+            cache["k"][:, start:start + y.shape[1]] = k
+            cache["v"][:, start:start + y.shape[1]] = v
             q, k, v = (z.transpose(1, 2) for z in (q, cache["k"], cache["v"]))
             z = nn.functional.scaled_dot_product_attention(q, k, v)
             y = y + z.transpose(1, 2).flatten(2)
@@ -1485,12 +1379,10 @@ def test_own_model_learns():
 
 
 def script(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, HERE / "arcopo.py", *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-    )
+    return subprocess.run([sys.executable, HERE / "arcopo.py", *map(str, arguments)],
+                          cwd=cwd,
+                          capture_output=True,
+                          text=True)
 
 
 @pytest.fixture(scope="module")
@@ -1501,21 +1393,8 @@ def tiny_base(tmp_path_factory):
 
 
 TINY = [
-    "--group",
-    3,
-    "--anchors",
-    2,
-    "--prompts",
-    2,
-    "--rank",
-    2,
-    "--alpha",
-    2,
-    "--judge-samples",
-    2,
-    "--judge-every",
-    2,
-]
+    "--group", 3, "--anchors", 2, "--prompts", 2, "--rank", 2, "--alpha", 2, "--judge-samples", 2,
+    "--judge-every", 2]
 BUFFER = ["--buffer-groups", 3]
 LEFT = {"settings.json", "judged.csv", "models.gif", "report.md"}
 
@@ -1597,8 +1476,7 @@ def test_a_reward_of_ones_own_trains_and_is_in_every_table(tmp_path, tiny_base):
     (tmp_path / "my_rewards.py").write_text(
         "def blue(clips, prompts):\n"
         "    assert clips.shape[1:] == (12, 3, 32, 32) and len(clips) == len(prompts)\n"
-        "    return clips[:, :, 2].mean((1, 2, 3))\n"
-    )
+        "    return clips[:, :, 2].mean((1, 2, 3))\n")
     (tmp_path / "prompts.txt").write_text("\n".join([*TRAIN_PROMPTS[:5], "", TRAIN_PROMPTS[0]]))
     mine = ["--reward", "ta=1,my_rewards:blue=0.5", "--buffer-reward", "my_rewards:blue=1"]
     common = ["--steps", 1, "--base", tiny_base, "--out", "run", "--prompts-file", "prompts.txt"]
@@ -1645,9 +1523,8 @@ def unfinished(folder: Path) -> dict:
     return found
 
 
-def test_a_run_killed_anywhere_ends_as_if_it_was_never_killed(
-    tmp_path, tiny_base, monkeypatch, capsys
-):
+def test_a_run_killed_anywhere_ends_as_if_it_was_never_killed(tmp_path, tiny_base, monkeypatch,
+                                                              capsys):
     """Each write of a file and each iteration is one place to die; every 11th of them is tried,
     before and after the write."""
     arguments = ["--steps", 3, "--save-every", 2, "--base", tiny_base, "--sweep", "0.5"]
@@ -1655,6 +1532,7 @@ def test_a_run_killed_anywhere_ends_as_if_it_was_never_killed(
     count, die_at = [0], [None]
 
     def deadly(function, after):
+
         def call(*a, **k):
             count[0] += 1
             if count[0] == die_at[0] and not after:
@@ -1739,9 +1617,10 @@ def test_resume_refuses_what_it_cannot_go_on_with(tmp_path, tiny_base, monkeypat
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, tiny_base):
     command = [sys.executable, HERE / "arcopo.py", "--method", "on-policy", "--steps", "1000"]
     command += ["--base", tiny_base, "--out", "run", *TINY]
-    process = subprocess.Popen(
-        [*map(str, command)], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    process = subprocess.Popen([*map(str, command)],
+                               cwd=tmp_path,
+                               stderr=subprocess.PIPE,
+                               stdout=subprocess.PIPE)
     rows = tmp_path / "run" / "on-policy.csv"
     while not (rows.exists() and len(read(rows)) > 2) and process.poll() is None:
         time.sleep(0.1)
@@ -1787,6 +1666,7 @@ def one_of_two_processes(folder: Path, base: Path) -> None:
         if len(calls) == 3:
             raise Crash
         return plain(*a)
+
     arcopo.iterate = dies
     with pytest.raises(Crash):
         arcopo.main([*arguments, "--out", folder / "killed"])
@@ -1805,7 +1685,8 @@ def test_two_processes_are_one_with_the_groups_of_both(tmp_path, tiny_base):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*torchrun, tmp_path / "worker.py", tmp_path, tiny_base],
                           env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True)
+                          capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     alone = share_of_an_update(slice(0, 4))
@@ -1819,7 +1700,7 @@ def test_two_processes_are_one_with_the_groups_of_both(tmp_path, tiny_base):
     whole, killed = (unfinished(tmp_path / name) for name in ("whole", "killed"))
     assert whole == killed
     assert {float(row["ratio_first"]) for row in whole["on-policy.csv"]} == {1.0}
-    assert done.stdout.count("Run folder") == 2         # of one process, in two runs
+    assert done.stdout.count("Run folder") == 2  # of one process, in two runs
 
 
 @pytest.mark.parametrize("method", ["on-policy", "off-policy", "sde-grpo"])
@@ -1838,12 +1719,8 @@ def test_each_method_runs_alone(method, tmp_path, tiny_base, capsys):
 def test_a_run_that_is_not_finite_says_so(tmp_path, tiny_base, capsys, monkeypatch):
     plain = WeightedReward.__call__
     monkeypatch.setattr(
-        WeightedReward,
-        "__call__",
-        lambda self, clips, prompts: {
-            name: value * math.nan for name, value in plain(self, clips, prompts).items()
-        },
-    )
+        WeightedReward, "__call__", lambda self, clips, prompts: {
+            name: value * math.nan for name, value in plain(self, clips, prompts).items()})
     arguments = ["--method", "on-policy", "--steps", 1, "--base", tiny_base]
     assert arcopo.main([*arguments, "--out", tmp_path / "run", *TINY]) == 1
     assert "6 rewards left out" in capsys.readouterr().err
@@ -1852,15 +1729,8 @@ def test_a_run_that_is_not_finite_says_so(tmp_path, tiny_base, capsys, monkeypat
 def test_a_flow_model_trains_by_the_same_command(tmp_path, capsys):
     save_generator(tiny(flow=True), tmp_path / "teacher.safetensors")
     arguments = [
-        "--steps",
-        1,
-        "--base",
-        tmp_path / "teacher.safetensors",
-        "--out",
-        tmp_path / "run",
-        *TINY,
-        *BUFFER,
-    ]
+        "--steps", 1, "--base", tmp_path / "teacher.safetensors", "--out", tmp_path / "run", *TINY,
+        *BUFFER]
     assert arcopo.main([str(a) for a in arguments]) == 0
     assert (tmp_path / "run" / "merged" / "adapter_model.safetensors").is_file()
     assert sde_grpo.main([*arguments[:5], tmp_path / "no"]) == 2
@@ -1900,15 +1770,13 @@ def test_the_cost_study_counts_every_part(tmp_path, tiny_base, capsys, monkeypat
     for name, call in parts.items():
         predicted[0] = 0
         call()
-        if name in counted and name != "SDE-GRPO, fork":        # counted as the mean over pivots
+        if name in counted and name != "SDE-GRPO, fork":  # counted as the mean over pivots
             assert predicted[0] == counted[name], name
 
 
 def test_studies_run_as_modules(tmp_path, tiny_base):
-    for name, more in (
-        ("entropy", ["--base", tiny_base, "--out", tmp_path / "entropy"]),
-        ("train_clip", ["--steps", 1, "--out", tmp_path / "clip"]),
-    ):
+    for name, more in (("entropy", ["--base", tiny_base, "--out", tmp_path / "entropy"]),
+                       ("train_clip", ["--steps", 1, "--out", tmp_path / "clip"])):
         command = [sys.executable, "-m", f"studies.{name}", *map(str, more)]
         done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -1922,41 +1790,22 @@ def test_lines_fit_100_columns():
 
 def test_imports_go_one_way():
     """studies, examples -> arcopo -> reward; the code of the method does not name the studies."""
-    for name, banned in (
-        ("arcopo.py", "studies|examples|test_arcopo"),
-        ("reward.py", "studies|examples|arcopo|test_arcopo"),
-    ):
+    for name, banned in (("arcopo.py", "studies|examples|test_arcopo"),
+                         ("reward.py", "studies|examples|arcopo|test_arcopo")):
         lines = [
-            line
-            for line in (HERE / name).read_text().splitlines()
-            if re.match(r"\s*(import|from)\s", line)
-        ]
+            line for line in (HERE / name).read_text().splitlines()
+            if re.match(r"\s*(import|from)\s", line)]
         assert len(lines) > 5 and not [
-            line for line in lines if re.search(rf"\b({banned})\b", line)
-        ]
+            line for line in lines if re.search(rf"\b({banned})\b", line)]
 
 
 def test_pretraining_resumes_to_the_same_weights(tmp_path, monkeypatch):
     """Interrupted in either stage, a resumed run ends with the same weights, bit for bit."""
     few = [
-        "--teacher-steps",
-        4,
-        "--student-steps",
-        4,
-        "--batch",
-        2,
-        "--width",
-        16,
-        "--layers",
-        1,
-        "--heads",
-        1,
-        "--device",
-        "cpu",
-    ]
+        "--teacher-steps", 4, "--student-steps", 4, "--batch", 2, "--width", 16, "--layers", 1,
+        "--heads", 1, "--device", "cpu"]
     run = lambda out, *more: pretrain.pretrain(
-        pretrain.parse(["--out", tmp_path / out, *few, *more])
-    )
+        pretrain.parse(["--out", tmp_path / out, *few, *more]))
     monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
     run("whole")
     plain, calls = pretrain.draw_batch, []
@@ -2014,108 +1863,75 @@ def broken_files(folder: Path, tiny_base: Path) -> dict[str, Path]:
     return files | folders | {"here": folder}
 
 
-BAD = [
-    (["--sample", "a pink circle moving right"], "pink"),
-    (["--sample", "circle red a"], "not of the world"),
-    (["--bogus", "3"], "--bogus"),
-    (["--lr", "-1"], "--lr"),
-    (["--lr", "nan"], "--lr"),
-    (["--lr", "x"], "--lr"),
-    (["--seed", "-1"], "--seed"),
-    (["--anchors", "0"], "--anchors"),
-    (["--group", "1"], "--group"),
-    (["--group", "3"], "--anchors"),
-    (["--sigma", "0"], "(0, 1]"),
-    (["--sigma", "1.1"], "(0, 1]"),
-    (["--steps", "0"], "--steps"),
-    (["--steps", "-5"], "--steps"),
-    (["--quasi-norm", "3"], "--quasi-norm"),
-    (["--precision", "fp8"], "bf16"),
-    (["--device", "tpu9"], "--device"),
-    (["--device", "meta"], "--device"),
-    (["--reward", "ta=1,zz=2"], "ta, vq, mq"),
-    (["--reward", "ta=-1"], "ta, vq, mq"),
-    (["--reward", "ta=0"], "ta, vq, mq"),
-    (["--reward", "ta"], "ta, vq, mq"),
-    (["--reward", "ta=1,ta=2"], "different NAMEs"),
-    (["--reward", "ta=1e300"], "1e6"),
-    (["--quasi-norm", "0.01"], "[0.1, 2]"),
-    (["--targets", "a{99999999999}"], "too large"),
-    (["--sweep", "0.4,0.40000001"], "six digits"),
-    (["--reward", "no_such_module:f=1"], "ModuleNotFoundError"),
-    (["--reward", "math:no_such=1"], "AttributeError"),
-    (["--reward", "math:sqrt=1"], "failed (TypeError"),
-    (["--reward", "hps=1"], "huggingface.co/xswu/HPSv2"),
-    (["--reward", "aesthetic=1"], "vit_large_patch14_clip_224.openai"),
-    (["--prompts-file", "{missing}"], "cannot be read"),
-    (["--prompts-file", "{here}/held_out.txt", "--prompts", 1], "is held out"),
-    (["--prompts-file", "{here}/pink.txt", "--prompts", 2], "pink"),
-    (["--prompts-file", "{here}/empty.txt"], "has 0 different"),
-    (["--targets", "nothing"], "no nn.Linear"),
-    (["--targets", "("], "--targets"),
-    (["--micro", "2"], "at least --prompts"),
-    (["--resume", "{missing}"], "not the folder of a run"),
-    (["--resume", "{folder}", "--lr", "0.1"], "from the run"),
-    (["--lr", "1e39"], "--lr"),
-    (["--seed", "9223372036854775808"], "--seed"),
-    (["--group", "2147483648"], "--group"),
-    (["--judge-samples", "2147483648"], "--judge-samples"),
-    (["--out", "a\0b"], "null byte"),
-    (["--base", "{flipped}"], "checksum"),
-    (["--base", "{headless}"], "not a generator"),
-    (["--adapter", "{missing}"], "--sample"),
-    (["--method", "on-policy", "--sweep", "1"], "no effect with --method on-policy"),
-    (["--method", "semi", "--lr", "0.1"], "no effect with --method semi"),
-    (["--method", "off-policy", "--clip-range", "0.1"], "no effect"),
-    (["--sample", PROMPTS[0], "--steps", "3"], "no effect with --sample"),
-    (["--base", "{missing}"], "no such file"),
-    (["--base", "{truncated}"], "safetensors"),
-    (["--base", "{other}"], "not a file of this project"),
-    (["--base", "{misshapen}"], "head.bias"),
-    (["--base", "{timeless}"], "timesteps"),
-    (["--base", "{infinite}"], "not finite"),
-    (["--rank", "99999999"], "--rank"),
-    (["--sample", PROMPTS[0], "--adapter", "{missing}"], "no such file"),
-    (["--sample", PROMPTS[0], "--adapter", "{folder}"], "no such file"),
-    (["--sample", PROMPTS[0], "--adapter", "{huge}"], "float64"),
-    (["--sample", PROMPTS[0], "--adapter", "{misfit}"], "head"),
-    (["--sample", PROMPTS[0], "--adapter", "{timed}", "--timesteps", "1,0.4"], "other times"),
-    (["--sample", PROMPTS[0], "--adapter", "{foreign}"], "other weights"),
-    (["--buffer-reward", "tb=1"], "--buffer-reward"),
-    (["--sample", ""], "--sample"),
-    (["--sample", PROMPTS[0], "--method", "semi"], "no effect"),
-    (["--method", "grpo"], "on-policy"),
-    (["--sweep", "0.4;1"], "--sweep"),
-    (["--sweep", "0"], "--sweep"),
-    (["--clip-range", "0"], "--clip-range"),
-    (["--clip-range", "nan"], "--clip-range"),
-    (["--timesteps", "1,x"], "--timesteps"),
-    (["--timesteps", "1,0.5,0.6"], "--timesteps"),
-    (["--timesteps", "0.9,0.5"], "--timesteps"),
-    (["--buffer", "{missing}"], "no such file"),
-    (["--buffer", "{other}"], "not a file of this project"),
-    (["--buffer", "{tensorless}"], "made with"),
-    (["--timesteps", "1,nan"], "--timesteps"),
-    (["--buffer", "{missing}", "--method", "on-policy"], "no effect"),
-    (["--buffer-groups", "0"], "--buffer-groups"),
-    (["--out", "{afile}/run"], "is a file"),
-    (["--sample", PROMPTS[0], "--out", "{afile}/c.gif"], "is a file"),
-    (["--out", "."], "not empty"),
-    (["--out", "{afile}"], "is a file"),
-    (["--sample", PROMPTS[0], "--out", "clip.mp4"], ".gif"),
-    (["--clip", "{missing}"], "open_clip"),
-    (["--clip", "NoSuch:tag"], "NoSuch"),
-    (["--clip", "ViT-B-32:nosuchtag"], "laion2b"),
-    (["--clip", "ViT-B-32:{afile}.pt"], "neither"),
-    (["--clip", "ViT-B-32:{other}"], "cannot load"),
-    (["--clip", "{other}"], "open_clip_config.json"),
-]
+BAD = [(["--sample", "a pink circle moving right"], "pink"),
+       (["--sample", "circle red a"], "not of the world"), (["--bogus", "3"], "--bogus"),
+       (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"), (["--lr", "x"], "--lr"),
+       (["--seed", "-1"], "--seed"), (["--anchors", "0"], "--anchors"),
+       (["--group", "1"], "--group"), (["--group", "3"], "--anchors"), (["--sigma", "0"], "(0, 1]"),
+       (["--sigma", "1.1"], "(0, 1]"), (["--steps", "0"], "--steps"), (["--steps",
+                                                                        "-5"], "--steps"),
+       (["--quasi-norm", "3"], "--quasi-norm"), (["--precision", "fp8"], "bf16"),
+       (["--device", "tpu9"], "--device"), (["--device", "meta"], "--device"),
+       (["--reward", "ta=1,zz=2"], "ta, vq, mq"), (["--reward", "ta=-1"], "ta, vq, mq"),
+       (["--reward", "ta=0"], "ta, vq, mq"), (["--reward", "ta"], "ta, vq, mq"),
+       (["--reward", "ta=1,ta=2"], "different NAMEs"), (["--reward", "ta=1e300"], "1e6"),
+       (["--quasi-norm", "0.01"], "[0.1, 2]"), (["--targets", "a{99999999999}"], "too large"),
+       (["--sweep", "0.4,0.40000001"], "six digits"),
+       (["--reward", "no_such_module:f=1"], "ModuleNotFoundError"),
+       (["--reward", "math:no_such=1"], "AttributeError"),
+       (["--reward", "math:sqrt=1"], "failed (TypeError"),
+       (["--reward", "hps=1"], "huggingface.co/xswu/HPSv2"),
+       (["--reward", "aesthetic=1"], "vit_large_patch14_clip_224.openai"),
+       (["--prompts-file", "{missing}"], "cannot be read"),
+       (["--prompts-file", "{here}/held_out.txt", "--prompts", 1], "is held out"),
+       (["--prompts-file", "{here}/pink.txt", "--prompts", 2], "pink"),
+       (["--prompts-file", "{here}/empty.txt"], "has 0 different"),
+       (["--targets", "nothing"], "no nn.Linear"), (["--targets", "("], "--targets"),
+       (["--micro", "2"], "at least --prompts"),
+       (["--resume", "{missing}"], "not the folder of a run"),
+       (["--resume", "{folder}", "--lr", "0.1"], "from the run"), (["--lr", "1e39"], "--lr"),
+       (["--seed", "9223372036854775808"], "--seed"), (["--group", "2147483648"], "--group"),
+       (["--judge-samples", "2147483648"], "--judge-samples"), (["--out", "a\0b"], "null byte"),
+       (["--base", "{flipped}"], "checksum"), (["--base", "{headless}"], "not a generator"),
+       (["--adapter", "{missing}"], "--sample"),
+       (["--method", "on-policy", "--sweep", "1"], "no effect with --method on-policy"),
+       (["--method", "semi", "--lr", "0.1"], "no effect with --method semi"),
+       (["--method", "off-policy", "--clip-range", "0.1"], "no effect"),
+       (["--sample", PROMPTS[0], "--steps", "3"], "no effect with --sample"),
+       (["--base", "{missing}"], "no such file"), (["--base", "{truncated}"], "safetensors"),
+       (["--base", "{other}"], "not a file of this project"),
+       (["--base", "{misshapen}"], "head.bias"), (["--base", "{timeless}"], "timesteps"),
+       (["--base", "{infinite}"], "not finite"), (["--rank", "99999999"], "--rank"),
+       (["--sample", PROMPTS[0], "--adapter", "{missing}"], "no such file"),
+       (["--sample", PROMPTS[0], "--adapter", "{folder}"], "no such file"),
+       (["--sample", PROMPTS[0], "--adapter", "{huge}"], "float64"),
+       (["--sample", PROMPTS[0], "--adapter", "{misfit}"], "head"),
+       (["--sample", PROMPTS[0], "--adapter", "{timed}", "--timesteps", "1,0.4"], "other times"),
+       (["--sample", PROMPTS[0], "--adapter", "{foreign}"], "other weights"),
+       (["--buffer-reward", "tb=1"], "--buffer-reward"), (["--sample", ""], "--sample"),
+       (["--sample", PROMPTS[0], "--method", "semi"], "no effect"),
+       (["--method", "grpo"], "on-policy"), (["--sweep", "0.4;1"], "--sweep"),
+       (["--sweep", "0"], "--sweep"), (["--clip-range", "0"], "--clip-range"),
+       (["--clip-range", "nan"], "--clip-range"), (["--timesteps", "1,x"], "--timesteps"),
+       (["--timesteps", "1,0.5,0.6"], "--timesteps"), (["--timesteps", "0.9,0.5"], "--timesteps"),
+       (["--buffer", "{missing}"], "no such file"),
+       (["--buffer", "{other}"], "not a file of this project"),
+       (["--buffer", "{tensorless}"], "made with"), (["--timesteps", "1,nan"], "--timesteps"),
+       (["--buffer", "{missing}", "--method", "on-policy"], "no effect"),
+       (["--buffer-groups", "0"], "--buffer-groups"), (["--out", "{afile}/run"], "is a file"),
+       (["--sample", PROMPTS[0], "--out", "{afile}/c.gif"], "is a file"),
+       (["--out", "."], "not empty"), (["--out", "{afile}"], "is a file"),
+       (["--sample", PROMPTS[0], "--out", "clip.mp4"], ".gif"),
+       (["--clip", "{missing}"], "open_clip"), (["--clip", "NoSuch:tag"], "NoSuch"),
+       (["--clip", "ViT-B-32:nosuchtag"], "laion2b"), (["--clip",
+                                                        "ViT-B-32:{afile}.pt"], "neither"),
+       (["--clip", "ViT-B-32:{other}"], "cannot load"),
+       (["--clip", "{other}"], "open_clip_config.json")]
 
 
 @pytest.mark.parametrize("arguments, says", BAD, ids=[" ".join(map(str, a)) for a, _ in BAD])
-def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
-    arguments, says, tmp_path, tiny_base, capsys, monkeypatch
-):
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(arguments, says, tmp_path, tiny_base,
+                                                               capsys, monkeypatch):
     files = broken_files(tmp_path, tiny_base)
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
@@ -2128,23 +1944,15 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
     assert sorted(tmp_path.rglob("*")) == before and files["afile"].read_text() == "in the way"
 
 
-@pytest.mark.parametrize(
-    "arguments, says",
-    [
-        (["--steps", "0"], "--steps"),
-        (["--bogus"], "--bogus"),
-        (["--seed", "-1"], "--seed"),
-        (["--out", "{afile}"], "is a file"),
-        (["--out", ""], "empty"),
-        (["--out=--"], "not a value"),
-    ],
-)
+@pytest.mark.parametrize("arguments, says",
+                         [(["--steps", "0"], "--steps"), (["--bogus"], "--bogus"),
+                          (["--seed", "-1"], "--seed"), (["--out", "{afile}"], "is a file"),
+                          (["--out", ""], "empty"), (["--out=--"], "not a value")])
 def test_bad_input_of_the_studies(arguments, says, tmp_path, tiny_base, capsys):
     files = broken_files(tmp_path, tiny_base)
     for study in (train_clip, pretrain, entropy, sde_grpo):
         more = [
-            a.replace("--steps", "--teacher-steps") if study is pretrain else a for a in arguments
-        ]
+            a.replace("--steps", "--teacher-steps") if study is pretrain else a for a in arguments]
         assert study.main([a.format(**files) for a in more]) == 2
         out, error = capsys.readouterr()
         assert error.count("\n") == 1 and error.startswith(study.__name__.split(".")[-1] + ": ")
@@ -2165,7 +1973,9 @@ def test_retraining_the_clip_writes_what_open_clip_loads(tmp_path):
 
 
 def test_weights_never_load_through_pickle(tmp_path, tiny_base):
+
     class Runs:
+
         def __reduce__(self):
             return (Path(tmp_path / "ran").touch, ())
 
@@ -2229,9 +2039,9 @@ def test_a_fuzz_of_command_lines(tmp_path, tiny_base, capsys, monkeypatch):
 def spoiled(data: bytes, random: Random) -> bytes:
     """Truncated, one bit flipped, a part zeroed or removed, or bytes added."""
     at, how = random.randrange(len(data)), random.randrange(6)
-    rest = data[at + random.randrange(1, 99) :]
+    rest = data[at + random.randrange(1, 99):]
     parts = {0: b"", 1: bytes(len(data) - at - len(rest)) + rest, 2: rest}
-    flipped = bytes([data[at] ^ 1 << random.randrange(8)]) + data[at + 1 :]
+    flipped = bytes([data[at] ^ 1 << random.randrange(8)]) + data[at + 1:]
     return data[:at] + (random.randbytes(9) + data[at:] if how == 3 else parts.get(how, flipped))
 
 
@@ -2319,8 +2129,7 @@ def loaders(tmp_path_factory):
         "shipped clip's config": (folder / "clip" / "open_clip_config.json", clip),
         "head": (folder / "head.pth", head),
         "settings": (folder / "run" / "settings.json", settings),
-        "prompts": (folder / "prompts.txt", prompts),
-    }
+        "prompts": (folder / "prompts.txt", prompts)}
 
 
 def outcome(load, file: Path) -> str:
@@ -2386,8 +2195,7 @@ def test_a_full_disk_leaves_whole_files(tmp_path, tiny_base, monkeypatch, capsys
         "buffer.safetensors": lambda file: save_buffer(buffer, file, {}),
         "state": lambda file: reward.save_checkpoint(file, adapter.parameters(), optimizer, {}),
         "adapter_model.safetensors": lambda file: adapter.save(file.parent, {}),
-        "judged.csv": lambda file: reward.write_report(file.parent, *report),
-    }
+        "judged.csv": lambda file: reward.write_report(file.parent, *report)}
     for name, write in writers.items():
         write(tmp_path / name)
 
@@ -2409,6 +2217,7 @@ def test_a_full_disk_leaves_whole_files(tmp_path, tiny_base, monkeypatch, capsys
 
 
 def test_too_little_memory_and_a_reward_that_exits_are_one_line(tiny_base, tmp_path, monkeypatch):
+
     def fails(*a):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate ...")
 
@@ -2421,6 +2230,7 @@ def test_too_little_memory_and_a_reward_that_exits_are_one_line(tiny_base, tmp_p
 
 
 def test_sde_grpo_resumes_with_the_settings_of_the_run(tmp_path, tiny_base, monkeypatch):
+
     def stops(*a, **k):
         raise Crash
 
@@ -2446,8 +2256,7 @@ def test_figures_draws_every_plot_from_the_shipped_csvs(tmp_path, capsys):
     shown = set()
     for file in (HERE / "README.md", HERE / "studies" / "EVIDENCE.md"):
         shown |= {
-            Path(link).name for link in re.findall(r"!\[[^]]*\]\(([^)]+)\)", file.read_text())
-        }
+            Path(link).name for link in re.findall(r"!\[[^]]*\]\(([^)]+)\)", file.read_text())}
     drawn = {file.name for file in tmp_path.iterdir()}
     assert shown - drawn == {"models.gif"} and drawn <= shown  # the GIF is arcopo.py's
     assert {f.name for f in (HERE / "assets").glob("*.png")} == drawn
@@ -2464,9 +2273,7 @@ def test_claims_resumes(tmp_path, monkeypatch, tiny_base):
     assert claims.main(arguments) == 0
     rows = claims.read(tmp_path / "out" / "results.csv")
     assert [(row["run"], row["model"], row["seed"]) for row in rows] == [
-        ("recipe", "base", "0"),
-        ("recipe", "on-policy", "0"),
-    ]
+        ("recipe", "base", "0"), ("recipe", "on-policy", "0")]
     assert [row["step"] for row in claims.read(tmp_path / "out" / "curves.csv")] == ["0", "1"]
     monkeypatch.setattr(claims, "execute", None)  # would fail if it were called
     assert claims.main(arguments) == 0
@@ -2496,9 +2303,8 @@ def test_the_readmes_table_is_that_of_the_csv():
         model = merged[1] if merged else names.get(cells[0])
         if model and len(cells) == 5:
             found += 1
-            for cell, column, digits in zip(
-                cells[1:], ("reward", "judge", "all_right", "area"), (2, 3, 2, 0)
-            ):
+            for cell, column, digits in zip(cells[1:], ("reward", "judge", "all_right", "area"),
+                                            (2, 3, 2, 0)):
                 values = [float(row[column]) for row in rows if row["model"] == model]
                 shown = f"{mean(values):.{digits}f}"
                 if "±" in cell:
@@ -2511,18 +2317,15 @@ def test_readme_names_what_exists():
     """Names in the README's table of symbols, links and settings exist."""
     readme = (HERE / "README.md").read_text()
     rows = [
-        line
-        for line in readme.splitlines()
-        if line.startswith("|") and re.search(r"Eq\.|Alg\.", line)
-    ]
+        line for line in readme.splitlines()
+        if line.startswith("|") and re.search(r"Eq\.|Alg\.", line)]
     names = {name for row in rows for name in re.findall(r"`([\w.]+)`", row.split("|")[-2])}
     assert len(names) > 10
     for name in names:
         attrgetter(name)(arcopo)
     headings = {
         "#" + title.lower().replace(" ", "-")
-        for title in re.findall(r"^#+ (.+)$", readme, re.MULTILINE)
-    }
+        for title in re.findall(r"^#+ (.+)$", readme, re.MULTILINE)}
     evidence = (HERE / "studies" / "EVIDENCE.md").read_text()
     sections = set(re.findall(r"^## (C\d)$", evidence, re.MULTILINE))
     for link in re.findall(r"\]\((?!http)([^)]+)\)", readme):
@@ -2539,7 +2342,5 @@ def test_help_tells_every_setting_and_the_papers_value(capsys):
     with pytest.raises(SystemExit):
         arcopo.parse(["--help"])
     text = capsys.readouterr().out
-    assert (
-        all("--" + name.replace("_", "-") in text for name in Settings.__dataclass_fields__)
-        and "(paper: 12)" in text
-    )
+    assert (all("--" + name.replace("_", "-") in text for name in Settings.__dataclass_fields__)
+            and "(paper: 12)" in text)

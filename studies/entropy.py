@@ -27,8 +27,7 @@ def study(settings) -> int:
     folder.mkdir(parents=True, exist_ok=bool(settings.out))
     prompts = [prompt for prompt in HELD_OUT_PROMPTS for _ in range(GROUP)]
     sources = ["nothing", "initial noise"] + [
-        f"solver noise {i + 1}" for i in range(model.solver_steps)
-    ]
+        f"solver noise {i + 1}" for i in range(model.solver_steps)]
     lines = [f"{'deviation of the pivot chunk':<28}{'pivot':>6}{'pixels':>9}{'reward':>9}"]
     for pivot in tqdm(range(model.chunks), desc="entropy", unit="pivot"):
         for i, source in enumerate(sources):
@@ -37,27 +36,20 @@ def study(settings) -> int:
             base = [noise.initial[:, pivot], *noise.solver[:, pivot].unbind(1)]
             own = [
                 neighbor_noise(x, float(k + 1 == i), GROUP, generator).transpose(0, 1)
-                for k, x in enumerate(base)
-            ]
-            solver = (
-                torch.stack(own[1:], 2)
-                if own[1:]
-                else noise.solver[:, pivot, None].expand(-1, GROUP, *[-1] * (noise.solver.ndim - 2))
-            )
+                for k, x in enumerate(base)]
+            solver = (torch.stack(own[1:], 2) if own[1:] else noise.solver[:, pivot, None].expand(
+                -1, GROUP, *[-1] * (noise.solver.ndim - 2)))
             clips = fork(model, HELD_OUT_PROMPTS, pivot, noise, own[0], solver)[1]
             scores = reward(clips.flatten(0, 1), prompts)["reward"].view(-1, GROUP)
             variance = (clips - clips[:, :1]).var(1, correction=0).unflatten(1, (model.chunks, -1))
             row = {
-                "source": source,
-                "pivot": pivot + 1,
+                "source": source, "pivot": pivot + 1,
                 "pivot_chunk": variance[:, pivot].mean().sqrt().item(),
                 "from_pivot_on": variance[:, pivot:].mean().sqrt().item(),
-                "reward": scores.std(1, correction=0).mean().item(),
-            }
+                "reward": scores.std(1, correction=0).mean().item()}
             append_row(folder / "entropy.csv", row)
             lines.append(
-                f"{source:<28}{pivot + 1:>6}{row['pivot_chunk']:>9.4f}{row['reward']:>9.4f}"
-            )
+                f"{source:<28}{pivot + 1:>6}{row['pivot_chunk']:>9.4f}{row['reward']:>9.4f}")
     print("\n".join(lines) + f"\nwrote {folder}/entropy.csv")
     return 0
 

@@ -18,14 +18,8 @@ from reward import Parser, check_folder, command, nonempty
 
 HERE = Path(__file__).resolve().parent
 TITLES = {
-    "reward": "reward",
-    "judge": "judge",
-    "area": "shape area, px²",
-    "ta": "TA",
-    "text": "judge: text",
-    "visual": "judge: visual",
-    "displacement": "displacement, px",
-}
+    "reward": "reward", "judge": "judge", "area": "shape area, px²", "ta": "TA",
+    "text": "judge: text", "visual": "judge: visual", "displacement": "displacement, px"}
 
 
 def read(name: str, **wanted: str) -> list[dict]:
@@ -41,21 +35,17 @@ def band(axes, rows: list[dict], x: str, y: str, label: str) -> None:
     places = sorted(place for place in values if len(values[place]) > 1)
     middle, width = ([f(values[place]) for place in places] for f in (mean, stdev))
     axes.plot(places, middle, marker="o", markersize=3, label=label)
-    axes.fill_between(
-        places,
-        *([m + sign * w for m, w in zip(middle, width)] for sign in (-1, 1)),
-        alpha=0.2,
-        linewidth=0,
-    )
+    axes.fill_between(places,
+                      *([m + sign * w for m, w in zip(middle, width)] for sign in (-1, 1)),
+                      alpha=0.2,
+                      linewidth=0)
 
 
 def tradeoff():
     figure, plots = plt.subplots(1, 3, figsize=(10, 3))
     rows = [
-        row
-        for row in read("results.csv", run="recipe")
-        if row["model"] not in ("base", "on-policy")
-    ]
+        row for row in read("results.csv", run="recipe")
+        if row["model"] not in ("base", "on-policy")]
     rows = [row | {"s": row["model"].partition("= ")[2] or "0"} for row in rows]
     for axes, column in zip(plots, ("reward", "judge", "area")):
         band(axes, rows, "s", column, "merged")
@@ -68,23 +58,14 @@ def tradeoff():
 
 def curves():
     figure, plots = plt.subplots(3, 2, figsize=(8, 8), sharex="col")
-    settings = [
-        ("as shipped", "recipe", "sde-grpo"),
-        ("lower times",) + ("deterministic",) * 2,
-        ("lower times, noisy reward",) + ("deterministic and noisy",) * 2,
-    ]
+    settings = [("as shipped", "recipe", "sde-grpo"), ("lower times",) + ("deterministic",) * 2,
+                ("lower times, noisy reward",) + ("deterministic and noisy",) * 2]
     for row, (title, ours, theirs) in zip(plots, settings):
         for axes, column in zip(row, ("reward", "judge")):
-            band(
-                axes, read("curves.csv", run=ours, training="on-policy"), "step", column, "AR-CoPO"
-            )
-            band(
-                axes,
-                read("curves.csv", run=theirs, training="sde-grpo"),
-                "step",
-                column,
-                "SDE-GRPO",
-            )
+            band(axes, read("curves.csv", run=ours, training="on-policy"), "step", column,
+                 "AR-CoPO")
+            band(axes, read("curves.csv", run=theirs, training="sde-grpo"), "step", column,
+                 "SDE-GRPO")
             axes.set(title=f"{TITLES[column]}, {title}", xlabel="iteration")
     plots[0, 0].legend()
     return figure
@@ -92,12 +73,9 @@ def curves():
 
 def ta():
     figure, plots = plt.subplots(1, 5, figsize=(15, 3))
-    lines = [
-        ("on-policy, lr 4e-4", "ta, lr 4e-4", "on-policy"),
-        ("semi, lr 4e-4", "ta, lr 4e-4", "semi"),
-        ("semi, lr 5e-5", "ta", "semi"),
-        ("off-policy, lr 5e-5", "ta", "off-policy"),
-    ]
+    lines = [("on-policy, lr 4e-4", "ta, lr 4e-4", "on-policy"),
+             ("semi, lr 4e-4", "ta, lr 4e-4", "semi"), ("semi, lr 5e-5", "ta", "semi"),
+             ("off-policy, lr 5e-5", "ta", "off-policy")]
     for axes, column in zip(plots, ("ta", "judge", "text", "visual", "displacement")):
         for label, run, training in lines:
             band(axes, read("curves.csv", run=run, training=training), "step", column, label)
@@ -109,9 +87,8 @@ def ta():
 def entropy():
     figure, plots = plt.subplots(1, 2, figsize=(9, 3))
     rows = [row for row in read("entropy.csv") if "--timesteps" not in row["command"]]
-    for axes, column, title in zip(
-        plots, ("pivot_chunk", "reward"), ("pixels of the pivot chunk", "reward")
-    ):
+    for axes, column, title in zip(plots, ("pivot_chunk", "reward"),
+                                   ("pixels of the pivot chunk", "reward")):
         for source in dict.fromkeys(row["source"] for row in rows if row["source"] != "nothing"):
             band(axes, [row for row in rows if row["source"] == source], "pivot", column, source)
         axes.set(title=f"deviation between branches: {title}", xlabel="pivot chunk", yscale="log")
@@ -124,11 +101,13 @@ FIGURES = {"tradeoff.png": tradeoff, "curves.png": curves, "ta.png": ta, "entrop
 
 
 def main(arguments: list | None = None) -> int:
+
     def call() -> int:
         parser = Parser(__doc__.split("\n\n")[0])
-        parser.add_argument(
-            "--out", type=nonempty, default=str(HERE.parent / "assets"), help="folder [assets]"
-        )
+        parser.add_argument("--out",
+                            type=nonempty,
+                            default=str(HERE.parent / "assets"),
+                            help="folder [assets]")
         out = Path(parser.parse_args(arguments and [str(a) for a in arguments]).out)
         check_folder(out)
         out.mkdir(parents=True, exist_ok=True)

@@ -16,34 +16,18 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from arcopo import TIMESTEPS, Generator, denoise, draw_noise, seeded
-from reward import (
-    CHUNK_FRAMES,
-    CHUNKS,
-    TRAIN_PROMPTS,
-    Parser,
-    UserError,
-    append_row,
-    check_folder,
-    choose_device,
-    command,
-    make_clips,
-    nonempty,
-    read_weights,
-    write_weights,
-)
+from reward import (CHUNK_FRAMES, CHUNKS, TRAIN_PROMPTS, Parser, UserError, append_row,
+                    check_folder, choose_device, command, make_clips, nonempty, read_weights,
+                    write_weights)
 from studies.train_clip import muon_and_adamw, step_with
 
 FLOW_TIMESTEPS = (1.0, 0.9, 0.75, 0.6, 0.4, 0.2)  # the teacher's Euler steps
 DISTILLED_AT = (1.0, 0.5, 0.25, 0.1)  # the student's sampler times in training
 EMA, SAVE_EVERY = 0.998, 100
 COUNTS = {
-    "teacher_steps": (4000, "steps of flow matching"),
-    "student_steps": (1200, "of distillation"),
-    "batch": (32, "clips in a batch"),
-    "width": (256, "width of the transformer"),
-    "layers": (5, "its layers"),
-    "heads": (4, "its attention heads"),
-}
+    "teacher_steps": (4000, "steps of flow matching"), "student_steps": (1200, "of distillation"),
+    "batch": (32, "clips in a batch"), "width": (256, "width of the transformer"),
+    "layers": (5, "its layers"), "heads": (4, "its attention heads")}
 
 
 def encode(clips: Tensor) -> Tensor:
@@ -64,12 +48,8 @@ def draw_batch(model: Generator, batch: int, generator: torch.Generator) -> tupl
 def save_generator(model: Generator, file: Path) -> None:
     """Write a base that arcopo.load_generator reads, in bfloat16."""
     shape = {
-        "width": model.width,
-        "layers": model.layers,
-        "heads": model.heads,
-        "timesteps": model.timesteps,
-        "flow": model.flow,
-    }
+        "width": model.width, "layers": model.layers, "heads": model.heads,
+        "timesteps": model.timesteps, "flow": model.flow}
     tensors = {name: t.bfloat16() for name, t in model.state_dict().items()}
     write_weights(file, tensors, {"generator": shape})
 
@@ -84,9 +64,8 @@ def contexts(model: Generator, clean: Tensor, prompts: list[str]) -> list:
 
 def predict_all(model: Generator, x_t: Tensor, t: Tensor, before: list) -> Tensor:
     """predict for each chunk: x_t [N, L, *chunk_shape] at times t [N, L]."""
-    return torch.stack(
-        [model.predict(x_t[:, p], t[:, p], before[p]) for p in range(model.chunks)], 1
-    )
+    return torch.stack([model.predict(x_t[:, p], t[:, p], before[p]) for p in range(model.chunks)],
+                       1)
 
 
 def flow_matching_loss(model: Generator, batch: int, generator: torch.Generator) -> Tensor:
@@ -101,9 +80,8 @@ def flow_matching_loss(model: Generator, batch: int, generator: torch.Generator)
     return ((prediction - clean) / level.clamp_min(0.05)).square().mean()
 
 
-def distillation_loss(
-    student: Generator, teacher: Generator, batch: int, generator: torch.Generator
-) -> Tensor:
+def distillation_loss(student: Generator, teacher: Generator, batch: int,
+                      generator: torch.Generator) -> Tensor:
     """The student's prediction at a random step of its own sampler, against the end of the
     teacher's ODE from the same initial noise behind the same past.
 
@@ -122,19 +100,16 @@ def distillation_loss(
             none = noise.solver[:, p, :0]
             targets.append(denoise(teacher, teachers, noise.initial[:, p], none)[1][:, -1])
             states.append(x_t[rows, step[:, p]])
-            past[: batch // 2, p] = points[: batch // 2, -1]
-            before, teachers = (
-                student.extend(before, past[:, p]),
-                teacher.extend(teachers, past[:, p]),
-            )
+            past[:batch // 2, p] = points[:batch // 2, -1]
+            before, teachers = (student.extend(before,
+                                               past[:, p]), teacher.extend(teachers, past[:, p]))
     x_t, target = torch.stack(states, 1), torch.stack(targets, 1)
     prediction = predict_all(student, x_t, times[step], contexts(student, past, prompts))
     return ((prediction - target).square().flatten(2).mean(2) + 0.03**2).sqrt().mean()
 
 
-def fit(
-    stage: str, model: Generator, loss_of: Callable, steps: int, lr: float, args, folder: Path
-) -> None:
+def fit(stage: str, model: Generator, loss_of: Callable, steps: int, lr: float, args,
+        folder: Path) -> None:
     """Train one stage, from its checkpoint if there is one; the model ends as the moving average
     of its weights. A step's data depend on seed, stage and step alone."""
     hidden = [m.weight for m in model.blocks.modules() if isinstance(m, nn.Linear)]
@@ -147,14 +122,12 @@ def fit(
     if checkpoint.is_file():
         tensors, record = read_weights(checkpoint, "--out")
         if record.get("settings") != described:
-            raise UserError(
-                f"--out {folder}: holds a pre-training with other settings "
-                f"({record.get('settings')}); name another folder"
-            )
+            raise UserError(f"--out {folder}: holds a pre-training with other settings "
+                            f"({record.get('settings')}); name another folder")
         start = record["step"]
         for part, module in parts.items():
             own = {n: t for n, t in tensors.items() if n.startswith(f"{part}.")}
-            module.load_state_dict({n[len(part) + 1 :]: t for n, t in own.items()})
+            module.load_state_dict({n[len(part) + 1:]: t for n, t in own.items()})
         for i, optimizer in enumerate(optimizers):
             state = {}
             for name, t in tensors.items():
@@ -175,10 +148,8 @@ def fit(
         bar.set_postfix(loss=f"{row['loss']:.4f}", grad=f"{row['grad_norm']:.2f}")
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             tensors = {
-                f"{part}.{name}": t
-                for part, module in parts.items()
-                for name, t in module.state_dict().items()
-            }
+                f"{part}.{name}": t for part, module in parts.items()
+                for name, t in module.state_dict().items()}
             for i, optimizer in enumerate(optimizers):
                 for index, state in optimizer.state_dict()["state"].items():
                     tensors |= {f"optimizer{i}.{index}.{name}": t for name, t in state.items()}
@@ -211,13 +182,14 @@ def parse(arguments: list | None = None):
     parser = Parser(__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=nonempty, default="runs/pretrain", help="folder to write")
     for name, (default, text) in COUNTS.items():
-        parser.add_argument(
-            "--" + name.replace("_", "-"), type=int, default=default, help=f"{text} [{default}]"
-        )
+        parser.add_argument("--" + name.replace("_", "-"),
+                            type=int,
+                            default=default,
+                            help=f"{text} [{default}]")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random [0]")
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda ...; auto: cuda if there is one"
-    )
+    parser.add_argument("--device",
+                        default="auto",
+                        help="cpu, cuda ...; auto: cuda if there is one")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     args = parser.parse_args(arguments and [str(a) for a in arguments])
     for name in COUNTS:

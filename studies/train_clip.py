@@ -11,40 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from reward import (
-    COLOURS,
-    FRAMES,
-    MOTIONS,
-    SHAPES,
-    SIZE,
-    TRAIN_PROMPTS,
-    WORDINGS,
-    Parser,
-    UserError,
-    check_folder,
-    command,
-    make_clips,
-    nonempty,
-    prompt_of,
-    worded,
-    write_weights,
-    write_whole,
-)
+from reward import (COLOURS, FRAMES, MOTIONS, SHAPES, SIZE, TRAIN_PROMPTS, WORDINGS, Parser,
+                    UserError, check_folder, command, make_clips, nonempty, prompt_of, worded,
+                    write_weights, write_whole)
 
 CLIP_CONFIG = {
     "model_cfg": {
-        "embed_dim": 64,
-        "vision_cfg": {"image_size": SIZE, "layers": [1, 1, 1, 1], "width": 16},
+        "embed_dim": 64, "vision_cfg": {"image_size": SIZE, "layers": [1, 1, 1, 1], "width": 16},
         "text_cfg": {
-            "context_length": 16,
-            "vocab_size": 49408,
-            "width": 32,
-            "heads": 2,
-            "layers": 2,
-        },
-    },
-    "preprocess_cfg": {"mean": [0.1] * 3, "std": [0.25] * 3},
-}
+            "context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}},
+    "preprocess_cfg": {"mean": [0.1] * 3, "std": [0.25] * 3}}
 
 
 def muon_and_adamw(model: torch.nn.Module, hidden: list[Tensor]) -> list[torch.optim.Optimizer]:
@@ -53,8 +29,7 @@ def muon_and_adamw(model: torch.nn.Module, hidden: list[Tensor]) -> list[torch.o
     rest = [p for p in model.parameters() if id(p) not in chosen]
     return [
         torch.optim.Muon(hidden, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0),
-    ]
+        torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0)]
 
 
 def step_with(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
@@ -88,14 +63,11 @@ def train_clip(out: Path, steps: int, seed: int) -> None:
         kinds = WORDINGS if step % 2 == 0 else (None,)
         frames, captions = [], []
         for kind in kinds:
-            motions = torch.randint(
-                len(MOTIONS), (len(COLOURS), len(SHAPES)), generator=generator
-            ).tolist()
+            motions = torch.randint(len(MOTIONS), (len(COLOURS), len(SHAPES)),
+                                    generator=generator).tolist()
             drawn = [
-                prompt_of(c, s, motions[c][s])
-                for c in range(len(COLOURS))
-                for s in range(len(SHAPES))
-            ]
+                prompt_of(c, s, motions[c][s]) for c in range(len(COLOURS))
+                for s in range(len(SHAPES))]
             prompts = [prompt for prompt in drawn if prompt in TRAIN_PROMPTS]
             clips = make_clips(prompts, generator, kind)
             frame = torch.randint(FRAMES, (len(clips),), generator=generator)
@@ -104,9 +76,8 @@ def train_clip(out: Path, steps: int, seed: int) -> None:
         images = torch.cat(frames)
         gain, sigma = torch.rand(2, len(images), 1, 1, 1, generator=generator)
         gain, sigma = 0.2 * gain, 0.05 * sigma
-        images = (
-            images * (0.9 + gain) + sigma * torch.randn(images.shape, generator=generator)
-        ).clamp(0, 1)
+        images = (images * (0.9 + gain) +
+                  sigma * torch.randn(images.shape, generator=generator)).clamp(0, 1)
         with torch.autocast("cpu", torch.bfloat16):
             image = model.encode_image((images - mean) / std, normalize=True)
             text = model.encode_text(tokenizer(captions), normalize=True)
@@ -121,21 +92,19 @@ def train_clip(out: Path, steps: int, seed: int) -> None:
         bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.2f}")
     out.mkdir(parents=True, exist_ok=True)
     weights = {
-        name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()
-    }
+        name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()}
     write_whole(out / "open_clip_config.json", json.dumps(CLIP_CONFIG, indent=1) + "\n")
     write_weights(out / "open_clip_model.safetensors", weights, {"config": CLIP_CONFIG})
 
 
 def main(arguments: list | None = None) -> int:
+
     def call() -> int:
         parser = Parser("Train the shipped CLIP from nothing.")
-        parser.add_argument(
-            "--out",
-            type=nonempty,
-            default="runs/clip",
-            help="folder to write, for arcopo.py --clip [runs/clip]",
-        )
+        parser.add_argument("--out",
+                            type=nonempty,
+                            default="runs/clip",
+                            help="folder to write, for arcopo.py --clip [runs/clip]")
         parser.add_argument("--steps", type=int, default=600, help="training steps [600]")
         parser.add_argument("--seed", type=int, default=0, help="seed of everything random [0]")
         args = parser.parse_args(arguments and [str(a) for a in arguments])
