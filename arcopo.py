@@ -58,9 +58,6 @@ from reward import (ASSETS, CHUNKS, CHUNK_FRAMES, COLOURS, HALVES, HELD_OUT_PROM
 METHODS = ("on-policy", "semi", "off-policy")
 SECTIONS = {"steps": "training", "buffer_groups": "semi-on-policy and merging", "method": "run",
             "reward": "reward and evaluation"}               # the first setting of each section
-STREAMING = "sample out adapter base timesteps seed device precision"   # all that --sample uses
-UNUSED = {"": "adapter", "on-policy": "adapter buffer buffer_groups buffer_lr buffer_reward sweep",
-          "semi": "adapter lr sweep", "off-policy": "adapter lr clip_range sweep"}   # by method
 
 
 @dataclass
@@ -397,8 +394,8 @@ def group_advantages(rewards: Tensor, power: float = 0.0, floor: float = 1e-6) -
     finite = rewards.isfinite()
     count = finite.sum(-1, keepdim=True).clamp_min(1)
     least = rewards.where(finite, math.inf).amin(-1, keepdim=True)
-    centred = (rewards - least).where(finite, 0)    # before the mean, which rounds: equal rewards
-    centred = (centred - centred.sum(-1, keepdim=True) / count).where(finite, 0)    # give zeros
+    centred = (rewards - least).where(finite, 0)    # first, so that equal rewards give exact zeros
+    centred = (centred - centred.sum(-1, keepdim=True) / count).where(finite, 0)
     deviation = (centred.square().sum(-1, keepdim=True) / count).sqrt()
     if power == 0:
         return centred / deviation.clamp_min(floor)
