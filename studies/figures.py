@@ -17,9 +17,9 @@ import matplotlib.pyplot as plt
 from reward import Parser, check_folder, command, nonempty
 
 HERE = Path(__file__).resolve().parent
-TITLES = {
-    "reward": "reward", "judge": "judge", "area": "shape area, px²", "ta": "TA",
-    "text": "judge: text", "visual": "judge: visual", "displacement": "displacement, px"}
+TITLES = {"reward": "reward", "judge": "judge", "area": "shape area, px²",
+          "all_right": "all right", "ta": "TA", "text": "judge: text", "visual": "judge: visual",
+          "displacement": "displacement, px"}
 
 
 def read(name: str, **wanted: str) -> list[dict]:
@@ -27,64 +27,77 @@ def read(name: str, **wanted: str) -> list[dict]:
         return [row for row in csv.DictReader(file) if all(row[k] == v for k, v in wanted.items())]
 
 
-def band(axes, rows: list[dict], x: str, y: str, label: str) -> None:
-    """Mean and standard deviation of y over the rows with the same x."""
+def means(rows: list[dict], x: str, y: str) -> dict[float, list[float]]:
+    """{x: values of y}, where there are two or more."""
     values = defaultdict(list)
     for row in rows:
         values[float(row[x])].append(float(row[y]))
-    places = sorted(place for place in values if len(values[place]) > 1)
-    middle, width = ([f(values[place]) for place in places] for f in (mean, stdev))
-    axes.plot(places, middle, marker="o", markersize=3, label=label)
-    axes.fill_between(places,
-                      *([m + sign * w for m, w in zip(middle, width)] for sign in (-1, 1)),
-                      alpha=0.2,
-                      linewidth=0)
+    return {place: values[place] for place in sorted(values) if len(values[place]) > 1}
+
+
+def band(axes, rows: list[dict], x: str, y: str, label: str) -> None:
+    """Mean and standard deviation of y over the rows with the same x."""
+    values = means(rows, x, y)
+    middle, width = ([f(v) for v in values.values()] for f in (mean, stdev))
+    axes.plot(list(values), middle, marker="o", markersize=3, label=label)
+    ends = ([m + sign * w for m, w in zip(middle, width)] for sign in (-1, 1))
+    axes.fill_between(list(values), *ends, alpha=0.2, linewidth=0)
 
 
 def tradeoff():
-    figure, plots = plt.subplots(1, 3, figsize=(10, 3))
-    rows = [
-        row for row in read("results.csv", run="recipe")
-        if row["model"] not in ("base", "on-policy")]
-    rows = [row | {"s": row["model"].partition("= ")[2] or "0"} for row in rows]
-    for axes, column in zip(plots, ("reward", "judge", "area")):
-        band(axes, rows, "s", column, "merged")
-        base = mean(float(row[column]) for row in read("results.csv", run="recipe", model="base"))
+    """C6: merged models by strength s."""
+    figure, plots = plt.subplots(1, 4, figsize=(13, 3))
+    recipe = read("results.csv", run="recipe")
+    merged = [row | {"s": row["model"].partition("= ")[2] or "0"} for row in recipe
+              if row["model"] not in ("base", "on-policy")]
+    for axes, column in zip(plots, ("reward", "judge", "all_right", "area")):
+        band(axes, merged, "s", column, "merged")
+        base = mean(float(row[column]) for row in recipe if row["model"] == "base")
         axes.axhline(base, color="grey", linestyle=":", label="base")
         axes.set(xlabel="strength s", title=TITLES[column])
     plots[0].legend()
     return figure
 
 
+TRAININGS = {"AR-CoPO": ("recipe", "on-policy"),
+             "AR-CoPO, 12 anchors": ("equal rows", "on-policy"),
+             "SDE-GRPO": ("equal rows", "sde-grpo")}
+
+
 def curves():
-    figure, plots = plt.subplots(3, 2, figsize=(8, 8), sharex="col")
-    settings = [("as shipped", "recipe", "sde-grpo"), ("lower times",) + ("deterministic",) * 2,
-                ("lower times, noisy reward",) + ("deterministic and noisy",) * 2]
-    for row, (title, ours, theirs) in zip(plots, settings):
-        for axes, column in zip(row, ("reward", "judge")):
-            band(axes, read("curves.csv", run=ours, training="on-policy"), "step", column,
-                 "AR-CoPO")
-            band(axes, read("curves.csv", run=theirs, training="sde-grpo"), "step", column,
-                 "SDE-GRPO")
-            axes.set(title=f"{TITLES[column]}, {title}", xlabel="iteration")
-    plots[0, 0].legend()
+    """C2, and reward against judge along training."""
+    figure, plots = plt.subplots(1, 3, figsize=(12, 3.5))
+    for label, (run, training) in TRAININGS.items():
+        rows = read("curves.csv", run=run, training=training)
+        for axes, column in zip(plots, ("reward", "judge")):
+            band(axes, rows, "step", column, label)
+        points = [[mean(v) for v in means(rows, "step", column).values()]
+                  for column in ("reward", "judge")]
+        plots[2].plot(*points, marker="o", markersize=3)
+    for axes, column in zip(plots, ("reward", "judge")):
+        axes.set(title=TITLES[column], xlabel="iteration")
+    plots[2].set(title="along training", xlabel="reward", ylabel="judge")
+    plots[0].legend(fontsize=7)
     return figure
 
 
 def ta():
+    """C4 and C5, on the previous base."""
     figure, plots = plt.subplots(1, 5, figsize=(15, 3))
     lines = [("on-policy, lr 4e-4", "ta, lr 4e-4", "on-policy"),
              ("semi, lr 4e-4", "ta, lr 4e-4", "semi"), ("semi, lr 5e-5", "ta", "semi"),
              ("off-policy, lr 5e-5", "ta", "off-policy")]
     for axes, column in zip(plots, ("ta", "judge", "text", "visual", "displacement")):
         for label, run, training in lines:
-            band(axes, read("curves.csv", run=run, training=training), "step", column, label)
+            rows = read("previous/curves.csv", run=run, training=training)
+            band(axes, rows, "step", column, label)
         axes.set(title=TITLES[column], xlabel="iteration")
     plots[0].legend(fontsize=7)
     return figure
 
 
 def entropy():
+    """C1."""
     figure, plots = plt.subplots(1, 2, figsize=(9, 3))
     rows = [row for row in read("entropy.csv") if "--timesteps" not in row["command"]]
     for axes, column, title in zip(plots, ("pivot_chunk", "reward"),
@@ -104,9 +117,7 @@ def main(arguments: list | None = None) -> int:
 
     def call() -> int:
         parser = Parser(__doc__.split("\n\n")[0])
-        parser.add_argument("--out",
-                            type=nonempty,
-                            default=str(HERE.parent / "assets"),
+        parser.add_argument("--out", type=nonempty, default=str(HERE.parent / "assets"),
                             help="folder [assets]")
         out = Path(parser.parse_args(arguments and [str(a) for a in arguments]).out)
         check_folder(out)
