@@ -20,7 +20,6 @@ from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from random import Random
-from statistics import mean, stdev
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -1535,10 +1534,11 @@ def test_a_run_killed_anywhere_ends_as_if_it_was_never_killed(tmp_path, tiny_bas
 
         def call(*a, **k):
             count[0] += 1
-            if count[0] == die_at[0] and not after:
+            dies = count[0] == die_at[0]
+            if dies and not after:
                 raise Crash
             result = function(*a, **k)
-            if count[0] == die_at[0]:
+            if dies:
                 raise Crash
             return result
 
@@ -2287,36 +2287,36 @@ def test_claims_resumes(tmp_path, monkeypatch, tiny_base):
 
 
 def test_the_shipped_evidence_is_whole():
-    """Each run in results.csv has the same seeds for all of its models, none of them twice."""
-    for file, least in (("results.csv", 5), ("new_base/results.csv", 3)):
-        rows = list(csv.DictReader(open(HERE / "studies" / file, newline="")))
-        seeds = {}
-        for row in rows:
-            key = row["run"], row["command"], row["model"]
-            seeds.setdefault(key, []).append(int(row["seed"]))
-        whole = [key for key in seeds if sorted(seeds[key]) == list(range(least))]
-        assert len(whole) > 0.8 * len(seeds), file  # flow: one seed was run with other settings
-        assert all(len(set(numbers)) == len(numbers) for numbers in seeds.values())
+    """Each run in results.csv is one of claims.py and has all of its models for each seed once."""
+    from studies import claims
+
+    commands = {(run, line) for _, run, line, *_ in claims.RUNS}
+    rows, seeds = claims.read(HERE / "studies" / "results.csv"), {}
+    for row in rows:
+        assert (row["run"], row["command"]) in commands
+        key = row["run"], row["command"], row["model"]
+        seeds.setdefault(key, []).append(int(row["seed"]))
+    assert {"base", "semi", "s = 1", "on-policy"} <= {row["model"] for row in rows}
+    for (run, command, model), found in seeds.items():
+        assert len(set(found)) == len(found) and found == seeds[run, command, "base"]
+    recipe = [key for key in seeds if key[0] == "recipe"]
+    assert recipe and all(seeds[key] == list(range(5)) for key in recipe)
 
 
-def test_the_readmes_table_is_that_of_the_csv():
-    rows = list(csv.DictReader(open(HERE / "studies" / "new_base" / "results.csv", newline="")))
-    readme, found = (HERE / "README.md").read_text(), 0
-    names = {"base": "base", "semi-on-policy (s = 0)": "semi", "on-policy": "on-policy"}
-    for line in readme.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        merged = re.match(r"merged, (s = [\d.]+)", cells[0])
-        model = merged[1] if merged else names.get(cells[0])
-        if model and len(cells) == 5:
-            found += 1
-            for cell, column, digits in zip(cells[1:], ("reward", "judge", "all_right", "area"),
-                                            (2, 3, 2, 0)):
-                values = [float(row[column]) for row in rows if row["model"] == model]
-                shown = f"{mean(values):.{digits}f}"
-                if "±" in cell:
-                    shown += f" ± {stdev(values):.{digits}f}"
-                assert cell == shown, (line, column)
-    assert found == 5
+def test_the_tables_of_readme_and_evidence_are_those_of_the_csvs(tmp_path, monkeypatch, capsys):
+    from studies import tables
+
+    assert tables.main(["--check"]) == 0, capsys.readouterr().err
+    readme = tmp_path / "README.md"
+    for text in ((HERE / "README.md").read_text(), (HERE / "studies/EVIDENCE.md").read_text()):
+        readme.write_text(text)
+        (name, table), *_ = re.findall(r"<!-- (\w+) -->\n(.*?)<!-- end -->", text, re.DOTALL)
+        number = re.search(r"\d\.\d+", table)[0]
+        changed = table.replace(number, f"{float(number) + 1:.{len(number) - 2}f}")
+        readme.write_text(text.replace(table, changed))
+        monkeypatch.setattr(tables, "FILES", (readme,))
+        assert tables.main(["--check"]) == 2
+        assert tables.main([]) == 0 and readme.read_text() == text
 
 
 def test_readme_names_what_exists():
@@ -2336,7 +2336,7 @@ def test_readme_names_what_exists():
     sections = set(re.findall(r"^## (C\d)$", evidence, re.MULTILINE))
     for link in re.findall(r"\]\((?!http)([^)]+)\)", readme):
         file, _, section = link.partition("#")
-        known = section in ("", "the-base") or section.upper() in sections
+        known = section in ("", "the-base", "settings") or section.upper() in sections
         assert link in headings or (HERE / file).exists() and known, link
     for link in re.findall(r"\]\((?!http)([^)]+)\)", evidence):
         assert (HERE / "studies" / link).exists(), link

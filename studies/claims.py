@@ -48,7 +48,8 @@ RUNS = [  # (claims, run in the CSVs, command; S is the seed, its seeds if they 
       for lr in ("5e-5", "1e-4", "2e-4")),
     *(("tuning", f"tuning {change}", SDE.format("gaussian") + f" {change}", (10,))
       for change in ("--sde-lr 2e-4", "--sde-lr 5e-4", "--sde-lr 1e-3",
-                     "--sde-lr 5e-4 --sde-clip-range 4e-6")),
+                     "--sde-lr 5e-4 --sde-clip-range 4e-6", "--sde-lr 2e-4 --floor 1e-3",
+                     "--sde-lr 5e-4 --floor 1e-3")),
     *(("tuning", f"tuning buffer {lr}", ONE.format("semi", 100) + f" --buffer-lr {lr}", (10,))
       for lr in ("2e-4", "4e-4", "1e-3")),
 ]
