@@ -1344,8 +1344,16 @@ class StandIn(nn.Module):
         return flow, x - times[..., None, None, None] / 1000 * flow
 
 
+@pytest.mark.skipif("SELF_FORCING" not in os.environ, reason="SELF_FORCING: no copy of it")
+def test_the_self_forcing_example_on_its_own_code():
+    """SELF_FORCING: a folder with github.com/guandeh17/Self-Forcing."""
+    command = [sys.executable, "examples/self_forcing.py", "--check", os.environ["SELF_FORCING"]]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0 and "first ratio exactly 1" in done.stdout, done.stderr
+
+
 def test_the_self_forcing_example_on_a_stand_in(capsys):
-    """python examples/self_forcing.py --check does this on the real code."""
+    """Where there is no copy of the real code."""
     from examples import check_self_forcing
     from examples.self_forcing import SelfForcing, memory
 
