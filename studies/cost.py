@@ -2,11 +2,13 @@
 
 Medians over rounds, side by side in one run. "counted" is what counting predicts: predictions of a
 chunk by a row, times 3 where a gradient follows; where the width changes, operations. Writes
-cost.csv: seconds, count, operations and peak memory of each part. Run it with nothing else running.
+cost.csv: seconds, count, operations, and peak memory of the tensors that each part makes. Run it
+with nothing else running.
 """
 
 import sys
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -56,18 +58,27 @@ def timed(call: Callable) -> tuple[float, object]:
     return time.perf_counter() - began, result
 
 
-def peak_memory(call: Callable) -> float:
-    """Megabytes that a call needs above what is allocated before it; of the process on a CPU."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    status = lambda name: int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
-    Path("/proc/self/clear_refs").write_text("5")       # the peak starts from the present
-    before = status("VmRSS")
-    call()
-    return (status("VmHWM") - before) / 1e3
+class Memory(TorchDispatchMode):
+    """The largest number of bytes that tensors made inside hold at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in (out if isinstance(out, (tuple, list)) else [out]):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.known:
+                storage = x.untyped_storage()
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        return out
+
+    def free(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
 
 
 def limit(shapes: Counter, device: torch.device) -> float:
@@ -174,10 +185,11 @@ def scaled(settings, width: int = 256, chunks: int = 4, **changes) -> Iteration:
     return Iteration(model, settings, **changes)
 
 
-def operations(call: Callable) -> float:
-    with FlopCounterMode(display=False) as counter:
+def counted_in(call: Callable) -> dict[str, float]:
+    """Operations and peak memory of a call."""
+    with FlopCounterMode(display=False) as operations, Memory() as memory:
         call()
-    return counter.get_total_flops()
+    return {"operations": operations.get_total_flops(), "megabytes": memory.peak / 1e6}
 
 
 def study(settings) -> int:
@@ -197,9 +209,8 @@ def study(settings) -> int:
             took = timed(call)[0]
             if step > 0:                                    # the first round is a warm-up
                 seconds[name].append(took)
-    rows = [{"part": name, "seconds": median(seconds[name]), "counted": counted.get(name, ""),
-             "operations": operations(call), "megabytes": peak_memory(call)}
-            for name, call in parts.items()]
+    rows = [{"part": name, "seconds": median(seconds[name]), "counted": counted.get(name, "")}
+            | counted_in(call) for name, call in parts.items()]
     time_of = {row["part"]: row["seconds"] for row in rows}
     with Products() as products:
         parts["fork 1"](), parts["update 1"]()
@@ -218,15 +229,16 @@ def study(settings) -> int:
         took = median(timed(whole)[0] for _ in range(ROUNDS)) / 2
         every = counts(other.model, other.method)
         count = sum(every[f"fork {p + 1}"] + every[f"update {p + 1}"] for p in ends) / 2
+        found = counted_in(whole)
         rows.append({"part": f"iteration, {name} {value}" if name else "iteration",
-                     "seconds": took, "counted": count, "operations": operations(whole) / 2,
-                     "megabytes": peak_memory(whole)})
+                     "seconds": took, "counted": count, "operations": found["operations"] / 2,
+                     "megabytes": found["megabytes"]})
     write_rows(folder / "cost.csv", rows)
-    print(report(rows, L, it.method.group) + f"\n\nwrote {folder}/cost.csv")
+    print(report(rows, L) + f"\n\nwrote {folder}/cost.csv")
     return 0
 
 
-def report(rows: list[dict], L: int, G: int) -> str:
+def report(rows: list[dict], L: int) -> str:
     """Tables in Markdown from the rows of cost.csv."""
     by = {row["part"]: row for row in rows}
     number = lambda name, column="seconds": float(by[name][column])
