@@ -70,8 +70,8 @@ class Training:
     updates: int = option(2, "policy updates per iteration", "[1, 100]", "2")
     prompts: int = option(4, "prompts P per iteration", "[1, 1000]", "1 on each of 24 GPUs")
     clip_range: float = option(1e-4, "ε of the ratio clip (Eq. 3); inf: none", "(0, inf]", "1e-4")
-    tau: float = option(0.03, "temperature τ₀ of squared distances averaged over a chunk's D "
-                        "elements (Eq. 5); the paper's sum needs D τ₀", "(0, 1e6]")
+    tau: float = option(0.03, "temperature τ₀ (Eq. 5) for squared distances averaged over a "
+                        "chunk's D elements; for the paper's sum it is D τ₀", "(0, 1e6]")
     quasi_norm: float = option(0.0, "p of the quasi-norm of the advantages; 0: standard deviation",
                                "[0.1, 2]", "0.8 in Neighbor GRPO")
     floor: float = option(0.02, "lower bound of σ_r (Eq. 3), in the reward's unit", "(0, 1e6]")
@@ -79,7 +79,7 @@ class Training:
     rank: int = option(16, "rank r of the LoRA adapter", "[1, 4096]", "64")
     alpha: float = option(32.0, "α of the LoRA adapter, scaled by α/r", "(0, 1e6]", "128")
     targets: str = option(".*", "regular expression of the linear layers that get LoRA", "regex")
-    micro: int = option(0, "rows of a batch in fork and update, at most; 0: no limit", "[0, 1e6]")
+    micro: int = option(0, "most rows in a batch of fork and update; 0: no limit", "[0, 1e6]")
 
 
 @dataclass
@@ -94,12 +94,12 @@ class Settings(Training):
     method: str = option("", "train one adapter instead of the whole recipe", " | ".join(METHODS))
     sample: str = option("", "stream one clip of this prompt to --out (a .gif) instead")
     adapter: str = option("", "with --sample: the folder of the adapter to apply")
-    out: str = option("", "run folder [runs/ and the time]; with --sample the GIF [clip.gif]")
+    out: str = option("", "run folder [runs/DATE-TIME]; with --sample the GIF [clip.gif]")
     resume: str = option("", "resume the run in this folder, with its settings")
     save_every: int = option(20, "iterations between checkpoints", "[1, 1e6]")
     base: str = option("", "weights of the base generator [assets/base.safetensors]")
-    timesteps: str = option("", "sampler times from 1 down, such as 1,0.5,0.25,0.1 [of the base]")
-    prompts_file: str = option("", "training prompts, one per line [those of the world]")
+    timesteps: str = option("", "sampler times, falling from 1, as 1,0.5,0.25,0.1 [the base's]")
+    prompts_file: str = option("", "training prompts, one per line [the world's 96]")
     seed: int = option(0, "seed of everything random", "[0, 9e18]")
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto is cuda if there is one")
     precision: str = option("fp32", "or bf16: autocast, which rounds more coarsely than ε",
@@ -109,7 +109,7 @@ class Settings(Training):
                          "quality), hps, aesthetic, module:function", paper="VideoAlign's, 1 each")
     clip: str = option("", "open_clip model of ta, vq, mq: ARCH:TAG, ARCH:FILE or a folder, as "
                        "ViT-B-32:laion2b_s34b_b79k [assets/clip]")
-    judge_samples: int = option(8, "clips of each held-out prompt in the final table", "[1, 100]")
+    judge_samples: int = option(8, "clips per held-out prompt in the final table", "[1, 100]")
     judge_every: int = option(20, "iterations between points of the held-out curve", "[1, 1e6]")
 
     __post_init__ = check_settings
@@ -118,7 +118,7 @@ class Settings(Training):
 # ------------------------------------------------------------------ generator
 
 PATCH = 8
-TIMESTEPS = (1.0, 0.1, 0.05, 0.02)      # Departure: lower than the times of distillation, so that
+TIMESTEPS = (1.0, 0.1, 0.05, 0.02)      # Departure: lower than the base was distilled at, so that
                                         # the solver noise decides little, as in the paper's Fig. 6
 
 
@@ -173,7 +173,7 @@ class Generator(nn.Module):
     solver_steps                          re-noisings per chunk: T - 1, or 0 with flow
     device                                where its tensors are
 
-    x_t = (1 - t) x₀ + t ε, so t = 1 is pure noise: a scheduler's shift is in `timesteps` already.
+    x_t = (1 - t) x₀ + t ε, so t = 1 is pure noise; `timesteps` include a scheduler's shift.
     t is a float or float32 [N]. x_t is float32; a prediction of any dtype is cast to float32.
     No guidance: the policy is one call of predict. predict has no side effect, extend changes
     neither argument, and a row's result does not depend on the other rows. A Context can be any
@@ -338,12 +338,12 @@ class Fork(NamedTuple):
 @torch.no_grad()
 def fork(model: Generator, prompts: list[str], pivot: int, noise: Noise, initial: Tensor,
          solver: Tensor, micro: int = 0) -> tuple[Fork, Tensor]:
-    """Algorithm 1, lines 2 to 5 -> the Fork, and the clips [P, G, FRAMES, 3, SIZE, SIZE].
+    """Algorithm 1, lines 2, 3 and 5 -> the Fork, and the clips [P, G, FRAMES, 3, SIZE, SIZE].
 
     initial [P, G, *chunk_shape] and solver [P, G, solver_steps, *chunk_shape] are the branches'
-    noise of the pivot chunk: the only place where branches can differ. The noise of all other
-    chunks is shared (`noise`, P rows): controlled noise sharing. AR-CoPO perturbs initial and
-    shares solver too. micro: rows at a time, all if 0.
+    noise of the pivot chunk (Method.branch_noise): the only place where branches can differ. The
+    noise of all other chunks is shared (`noise`, P rows): controlled noise sharing. AR-CoPO
+    perturbs initial and shares solver too. micro: at most this many rows at a time; 0: all.
     """
     P, parts = len(initial), []
     prefix, context = rollout(model, model.begin(prompts), noise, 0, pivot)         # line 2, P rows
@@ -357,10 +357,11 @@ def fork(model: Generator, prompts: list[str], pivot: int, noise: Noise, initial
             branch = model.extend(branch, points[:, -1])
             chunks += rollout(model, branch, noise.repeat(n), pivot + 1, model.chunks)[:1]
         latents = torch.cat(chunks, 1)
-        latents[~latents.isfinite().flatten(1).all(1)] = math.nan       # so that advantages are 0
+        latents[~latents.isfinite().flatten(1).all(1)] = math.nan       # see explore
         parts.append([x.unflatten(0, (P, n)) for x in (states, points, model.decode(latents))])
     states, points, clips = (torch.cat(part, 1) for part in zip(*parts))
-    # As zeros, a branch that is not finite keeps the distances of its group finite.
+    # As zeros, a branch that is not finite keeps the distances of its group finite; drawn as an
+    # anchor, it still adds a small gradient.
     states, points = (x.transpose(1, 2).nan_to_num(0.0, 0.0, 0.0) for x in (states, points))
     return Fork(prompts, prefix, context, states, points), clips
 
@@ -394,7 +395,7 @@ def group_advantages(rewards: Tensor, power: float = 0.0, floor: float = 1e-6) -
     finite = rewards.isfinite()
     count = finite.sum(-1, keepdim=True).clamp_min(1)
     least = rewards.where(finite, math.inf).amin(-1, keepdim=True)
-    centred = (rewards - least).where(finite, 0)    # first, so that equal rewards give exact zeros
+    centred = (rewards - least).where(finite, 0)    # first: equal rewards then give exact zeros
     centred = (centred - centred.sum(-1, keepdim=True) / count).where(finite, 0)
     deviation = (centred.square().sum(-1, keepdim=True) / count).sqrt()
     if power == 0:
@@ -490,7 +491,7 @@ def replay(model: Generator, branches: Fork, step: Tensor, anchor: Tensor) -> Te
     x_t = branches.states[:, step, anchor]
     P, K = x_t.shape[:2]
     x_t = x_t.flatten(0, 1)
-    times = torch.stack([x_t.new_full((), t) for t in (*model.timesteps, 0.0)])     # no copy to GPU
+    times = torch.stack([x_t.new_full((), t) for t in (*model.timesteps, 0.0)])     # on device
     t, t_next = times[step].repeat(P), times[step + 1].repeat(P)
     x0 = model.predict(x_t, t, branches.context.repeat(K)).float()
     column = lambda z: z.view(-1, *[1] * (x_t.ndim - 1))
@@ -513,7 +514,8 @@ class Method(Training):
 
     def draw_pairs(self, T: int, rng: torch.Generator) -> Tensor:
         """Symmetric anchor sampling: B of the G candidates -> the K = T B pairs of a step and an
-        anchor, [K, 2]. Departure: all prompts and updates of an iteration use the same pairs."""
+        anchor, [K, 2]. Departure: all prompts of a fork use the same pairs, and so do all updates
+        with it."""
         anchors = torch.randperm(self.group, generator=rng)[: self.anchors]
         return torch.cartesian_prod(torch.arange(T), anchors)
 
@@ -525,8 +527,8 @@ class Method(Training):
         return surrogate_log_policy(candidates, x, self.tau)
 
 
-def averaged(x: Tensor) -> Tensor:
-    """The mean over the processes of torchrun, in place; x itself in a single process."""
+def average_(x: Tensor) -> Tensor:
+    """The mean over the processes of torchrun, in place; x as it is in a single process."""
     if dist.is_initialized():
         dist.all_reduce(x)
         x /= dist.get_world_size()
@@ -545,28 +547,27 @@ def update(model: Generator, adapter: Adapter, branches: Fork, rewards: Tensor, 
     advantages = group_advantages(rewards, method.quasi_norm, method.floor)[:, None]
     pairs = method.draw_pairs(len(model.timesteps), rng).to(model.device)
     slices = pairs.split(max(1, method.micro // len(rewards)) if method.micro else len(pairs))
-    norms, ratios, skipped, old = [], [], 0, {}
+    norms, ratios, skipped, old = [], [], 0, [None] * len(slices)       # old: log π_old
     if method.buffered:
         with torch.no_grad():       # the adapter is off: π_old is π_ref, the clip's trust region
-            old = {i: method.log_policies(model, branches, *part.T)
-                   for i, part in enumerate(slices)}
+            old = [method.log_policies(model, branches, *part.T) for part in slices]
     for _ in range(updates):
         optimizer.zero_grad()
-        log_ratios, J = [], 0.0
-        with adapter.on(model):
+        log_ratios = []
+        with adapter.on(model):         # backward too: checkpointing runs the model again
             for i, part in enumerate(slices):
                 log_policy = method.log_policies(model, branches, *part.T)          # line 8
-                # Departure: π_old is that of the first replay; a rollout may round differently.
-                log_ratio = log_policy - old.setdefault(i, log_policy.detach())
+                if old[i] is None:      # Departure: on-policy, π_old is that of the first replay,
+                    old[i] = log_policy.detach()        # as a rollout may round differently
+                log_ratio = log_policy - old[i]
                 term = clipped_objective(log_ratio, advantages, method.clip_range)
                 term = term * len(part) / len(pairs)
                 (-term).backward()                                                  # line 9
                 log_ratios.append(log_ratio.detach())
-                J = J + term.detach()
         ratios.append(torch.cat(log_ratios, 1).exp())
-        gradients = [averaged(p.grad) for p in adapter.parameters() if p.grad is not None]
-        norms.append(nn.utils.get_total_norm(gradients))
-        if torch.isfinite(averaged(J) + norms[-1]):
+        gradients = [p.grad for p in adapter.parameters() if p.grad is not None]
+        norms.append(nn.utils.get_total_norm([average_(g) for g in gradients]))     # in place
+        if torch.isfinite(norms[-1]):
             optimizer.step()
         else:
             skipped += 1
@@ -590,7 +591,9 @@ def explore(model: Generator, method: Method, prompts: list[str], reward: Callab
     initial, solver = method.branch_noise(noise, pivot, rng)                        # line 4
     branches, clips = fork(model, chosen, pivot, noise, initial, solver, method.micro)  # 2, 3, 5
     scores = reward(clips.flatten(0, 1), [prompt for prompt in chosen for _ in range(method.group)])
-    return branches, {name: x.view(P, -1).to(model.device) for name, x in scores.items()}
+    finite = clips.reshape(P, method.group, -1).isfinite().all(2)       # else the advantage is 0
+    scores = {name: x.view(P, -1).to(model.device) for name, x in scores.items()}
+    return branches, {name: x.where(finite.to(x.device), math.nan) for name, x in scores.items()}
 
 
 Buffer = list[dict]
@@ -618,15 +621,15 @@ def draw_from(buffer: Buffer, model: Generator, P: int,
               rng: torch.Generator) -> tuple[Fork, dict[str, Tensor]]:
     """Up to P random groups, as explore returns them; no adapter may be on.
 
-    Departures: all have the pivot of the first one drawn; h_{p-1} is not stored but made again from
-    the prefix, in half precision.
+    Departures: all have the pivot of the first one drawn; tensors were stored in half precision;
+    h_{p-1} is not stored but made again from the prefix.
     """
     shuffled = [buffer[i] for i in torch.randperm(len(buffer), generator=rng)]
     pivot = len(shuffled[0]["prefix"])
     groups = [group for group in shuffled if len(group["prefix"]) == pivot][:P]
     tensors = {name: torch.stack([group[name] for group in groups]).to(model.device).float()
                for name in groups[0] if name != "prompt"}
-    prefix, states, candidates = map(tensors.pop, HALVES)
+    prefix, states, candidates = (tensors.pop(x) for x in ("prefix", "states", "candidates"))
     prompts = [group["prompt"] for group in groups]
     context = model.begin(prompts)
     for x0 in prefix.unbind(1):
@@ -640,9 +643,9 @@ def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer
             groups: Callable, rng: torch.Generator) -> dict:
     """One iteration -> a row of metrics. groups(rng) gives what explore returns.
 
-    pivot (from 1), what reward_metrics and update return, seconds. On-policy, one batch of groups
-    serves all updates (Algorithm 1); from the buffer each update draws its own, and the row has
-    their means. Means are over processes too.
+    pivot (from 1), what reward_metrics and update return, and seconds. On-policy, one batch of
+    groups serves all updates (Algorithm 1); from the buffer each update draws its own, and the row
+    has their means. Means are over processes too.
     """
     began, rows, pivots = time.perf_counter(), [], []
     draws, updates = (method.updates, 1) if method.buffered else (1, method.updates)
@@ -653,9 +656,9 @@ def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer
                     | update(model, adapter, branches, scores["reward"], method, optimizer,
                              updates, rng))                                         # lines 7 to 9
         pivots.append(str(branches.prefix.shape[1] + 1))
-    values = averaged(torch.stack([torch.stack(list(row.values())) for row in rows]).mean(0))
-    row = dict(zip(rows[0], values.tolist()))
-    row |= {name: row[name] * draws for name in ("skipped", "not_finite")}          # sums
+    table = torch.stack([torch.stack(list(row.values())) for row in rows])      # [draws, metrics]
+    row = dict(zip(rows[0], average_(table.mean(0)).tolist()))
+    row |= {name: row[name] * draws for name in ("skipped", "not_finite")}      # sums over draws
     return {"pivot": " ".join(pivots)} | row | {"seconds": time.perf_counter() - began}
 
 
@@ -681,7 +684,7 @@ def align(name: str, model: Generator, method: Method, groups: Callable, judge_m
             if step % judge_every == 0 or step == method.steps:
                 with adapter.on(model):
                     log.add_point(step, judge_model())
-            stop = interrupted()
+            stop = average_(torch.tensor(float(interrupted()), device=model.device)) > 0
             if step % save_every == 0 or step == method.steps or stop:
                 adapter.save(folder / name, record | {"method": name, "step": step, "seed": seed,
                                                       "steps": method.steps})
@@ -730,10 +733,10 @@ def sample_batches(model: Generator, prompts: list[str], rng: torch.Generator,
 
 
 def held_out(model: Generator, reward: Callable, samples: int, seed: int,
-             stream: str) -> tuple[Tensor, dict[str, Tensor]]:
+             purpose: str) -> tuple[Tensor, dict[str, Tensor]]:
     """`samples` clips of each held-out prompt, and their evaluation."""
     prompts = [prompt for prompt in HELD_OUT_PROMPTS for _ in range(samples)]
-    clips = sample_batches(model, prompts, seeded(seed, stream))
+    clips = sample_batches(model, prompts, seeded(seed, purpose))
     return clips, evaluate(clips, prompts, reward)
 
 
@@ -786,17 +789,17 @@ def run(settings: Settings, own: dict[str, Method] | None = None,
     """Train the recipe's two adapters, or one by settings.method, or by the methods in `own`;
     judge them, and write all outputs to a run folder. Returns 0, or 1 if numbers were not finite.
 
-    wrap: from the reward to the one that on-policy training uses; reports use the former.
+    wrap: makes the reward of on-policy training from the plain reward, which all reports use.
     """
-    began, (settings, folder) = time.perf_counter(), open_run(settings)
+    began = time.perf_counter()
+    settings, folder = open_run(settings)
     device = choose_device(settings.device)
     if dist.is_torchelastic_launched() and not dist.is_initialized():           # by torchrun
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     names = [settings.method] if settings.method else ["on-policy", "semi"]
     trainings = own or {name: methods(settings)[name] for name in names}
-    sweep, prompts = parse_sweep(settings.sweep), TRAIN_PROMPTS
-    if settings.prompts_file:
-        prompts = read_prompts(settings.prompts_file, settings.prompts)
+    sweep = parse_sweep(settings.sweep)
+    prompts = read_prompts(settings.prompts_file, settings.prompts)
     model, reward, buffer_reward = load(settings)
     trained_on, file = wrap(reward), Path(settings.buffer or folder / "buffer.safetensors")
     record = {"base": model.fingerprint, "timesteps": list(model.timesteps)}

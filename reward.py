@@ -30,7 +30,7 @@ import time
 import weakref
 import zipfile
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, field, fields
 from pathlib import Path
 
@@ -148,6 +148,8 @@ def check_settings(settings) -> None:
         method = settings.method
         mode = f"--method {method}" if method else "the recipe, only with --sample"
         check_unused(settings, UNUSED[method].split(), mode)
+    if settings.buffer:
+        check_unused(settings, ("buffer_groups",), "--buffer")
     if settings.anchors > settings.group:
         raise UserError(f"--anchors {settings.anchors}: must be at most --group "
                         f"({settings.group})")
@@ -174,9 +176,10 @@ def parse_options(cls: type, sections: dict[str, str], arguments: list | None, d
 
 
 def choose_device(name: str) -> str:
-    if name == "auto":
+    if name in ("auto", "cuda"):
         local = os.environ.get("LOCAL_RANK")        # set by torchrun
-        name = ("cuda" + (f":{local}" if local else "")) if torch.cuda.is_available() else "cpu"
+        there = "cuda" + (f":{local}" if local else "")
+        name = there if torch.cuda.is_available() else name.replace("auto", "cpu")
     try:
         if torch.device(name).type not in ("cpu", "cuda"):
             raise RuntimeError("neither cpu nor cuda")
@@ -260,7 +263,8 @@ def write_whole(file: Path, data: bytes | str, previous: str = "") -> None:
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({one_line(error)})") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def checksum(tensors: dict[str, Tensor], record: dict) -> str:
@@ -298,15 +302,15 @@ def read_weights(file: str | Path, option: str) -> tuple[dict[str, Tensor], dict
                         f"({one_line(error)})") from error
 
 
-def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple]) -> None:
-    """expected: {name: (shape, dtype)}, no more and no less; all numbers finite, but for rewards.
-    Raises ValueError."""
+def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple], rewards=()) -> None:
+    """expected: {name: (shape, dtype)}, no more and no less; all numbers finite, but for those of a
+    buffer's rewards. Raises ValueError."""
     for name in sorted(set(tensors) | set(expected)):
         found = (tuple(tensors[name].shape), tensors[name].dtype) if name in tensors else "nothing"
         wanted = expected.get(name, "nothing")
         if found != wanted:
             raise ValueError(f"{name}: {found} in place of {wanted}")
-        if not name.endswith("reward") and not tensors[name].isfinite().all():
+        if name.partition(".")[2] not in rewards and not tensors[name].isfinite().all():
             raise ValueError(f"{name}: holds numbers that are not finite")
 
 
@@ -317,7 +321,8 @@ def fingerprint(module: torch.nn.Module) -> str:
 
 def append_row(file: Path, row: dict) -> None:
     """Append to a CSV file. Columns that it has not are added, empty in the rows before."""
-    before = list(csv.DictReader(open(file, newline=""))) if file.exists() else []
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    before = list(csv.DictReader(io.StringIO(text, newline="")))
     write_rows(file, [*before, row])
 
 
@@ -439,7 +444,7 @@ def load_buffer(file: str | Path, model, about: dict) -> list[dict]:
             group |= {name: group["reward"] for name in found["rewards"]}
             buffer.append({"prompt": prompt} | {name: tensors[f"{i}.{name}"] for name in group})
             expected |= {f"{i}.{name}": kind for name, kind in group.items()}
-        check_tensors(tensors, expected)
+        check_tensors(tensors, expected, found["rewards"])
         if not buffer:
             raise ValueError("it has no groups")
         model.begin(found["prompts"])
@@ -466,9 +471,9 @@ def load_checkpoint(file: Path, parameters: list[Tensor],
         try:
             tensors, record = read_weights(path, "--resume")
             moments = {f"{name}.{i}": (tuple(p.shape) * (name != "step"), p.dtype)
-                       for name in ("step", "exp_avg", "exp_avg_sq")
-                       for i, p in enumerate(parameters)}
-            check_tensors(tensors, expected | (moments if len(tensors) > len(expected) else {}))
+                       for i, p in enumerate(parameters) if f"step.{i}" in tensors
+                       for name in ("step", "exp_avg", "exp_avg_sq")}
+            check_tensors(tensors, expected | moments)
         except (UserError, ValueError) as error:
             problems.append(one_line(error))
             continue
@@ -1089,15 +1094,15 @@ class WeightedReward:
 
 
 def read_prompts(file: str, least: int) -> list[str]:
-    """Training prompts, one per line; empty lines are skipped. Raises UserError."""
-    try:
-        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--prompts-file {file}: cannot be read ({one_line(error)})") from error
+    """Training prompts, one per line; empty lines are skipped; "": those of the world. Raises
+    UserError."""
+    with user_error(f"--prompts-file {file}: cannot be read"):
+        lines = Path(file).read_text("utf-8-sig").splitlines() if file else TRAIN_PROMPTS
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if len(prompts) < max(1, least):
         raise UserError(f"--prompts-file {file}: has {len(prompts)} different prompts; --prompts "
-                        f"{least} needs as many")
+                        f"{least} needs as many" if file else f"--prompts {least}: the world has "
+                        f"{len(prompts)} training prompts")
     attributes(prompts)
     held_out = [prompt for prompt in prompts if prompt in HELD_OUT_PROMPTS]
     if held_out:

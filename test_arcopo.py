@@ -767,6 +767,26 @@ def test_the_buffer_never_changes(tmp_path):
         load_buffer(tmp_path / "buffer.safetensors", model, about | {"base": "y"})
 
 
+def test_a_buffer_with_rewards_that_are_not_finite_is_read_back(tmp_path):
+    """As a NaN clip gives them: training leaves them out, so a file may have them."""
+    model, file = tiny(), tmp_path / "buffer.safetensors"
+    buffer = tiny_buffer(model, 2)
+    for name in ("reward", "ta"):
+        buffer[0][name] = torch.full((4,), math.nan)
+        buffer[1][name] = torch.ones(4)
+    save_buffer(buffer, file, {"group": 4})
+    again = load_buffer(file, model, {"group": 4})
+    assert again[0]["ta"].isnan().all() and torch.equal(again[1]["ta"], buffer[1]["ta"])
+
+
+def test_a_clip_that_is_not_finite_has_no_reward_whatever_the_reward_says():
+    model, method = tiny(), tiny_method("on-policy")
+    model.decode = lambda latents: torch.cat([latents[:1] * math.nan, latents[1:]])
+    constant = lambda clips, prompts: {"reward": torch.ones(len(clips))}
+    scores = explore(model, method, PROMPTS, constant, 2, seeded(0))[1]
+    assert scores["reward"][0, 0].isnan() and scores["reward"].isfinite().sum() == 7
+
+
 def test_draws_return_unchanged_entries_of_one_pivot():
     model, seen = tiny(), set()
     buffer = tiny_buffer(model, 12)
@@ -1883,7 +1903,9 @@ BAD = [(["--sample", "a pink circle moving right"], "pink"),
        (["--reward", "ta=1,zz=2"], "ta, vq, mq"), (["--reward", "ta=-1"], "ta, vq, mq"),
        (["--reward", "ta=0"], "ta, vq, mq"), (["--reward", "ta"], "ta, vq, mq"),
        (["--reward", "ta=1,ta=2"], "different NAMEs"), (["--reward", "ta=1e300"], "1e6"),
-       (["--quasi-norm", "0.01"], "[0.1, 2]"), (["--targets", "a{{99999999999}}"], "too large"),
+       (["--quasi-norm", "0.01"], "[0.1, 2]"),
+       (["--prompts", "97"], "96 training prompts"),
+       (["--targets", "a{{99999999999}}"], "too large"),
        (["--sweep", "0.4,0.40000001"], "six digits"),
        (["--reward", "no_such_module:f=1"], "ModuleNotFoundError"),
        (["--reward", "math:no_such=1"], "AttributeError"),
