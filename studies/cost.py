@@ -176,10 +176,10 @@ def measure(it: Iteration, reward: Callable) -> dict[str, Callable]:
     return parts
 
 
-def scaled(settings, width: int = 256, chunks: int = 4, **changes) -> Iteration:
+def scaled(settings, base: Generator, width: int = 0, chunks: int = 4, **changes) -> Iteration:
     """An iteration of an untrained model of another width or number of chunks."""
     torch.manual_seed(0)
-    model = Generator(width).requires_grad_(False)
+    model = Generator(width or base.width, base.layers, base.heads).requires_grad_(False)
     model.position = nn.Parameter(model.position[0].repeat(chunks, 1, 1), requires_grad=False)
     model.chunks = chunks
     return Iteration(model, settings, **changes)
@@ -222,7 +222,7 @@ def study(settings) -> int:
              {"part": "operations per second, their matrix products alone", "seconds": "",
               "counted": "", "operations": top, "megabytes": ""}]
     for name, value in [("", 0), *SCALES]:
-        other = scaled(settings, **({name: value} if name else {}))
+        other = scaled(settings, model, **({name: value} if name else {}))
         ends = (0, other.model.chunks - 1)                  # a mean over pivots: linear in them
         whole = lambda: [other.update(other.explore(p)[0]) for p in ends]
         whole()
