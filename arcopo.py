@@ -144,17 +144,17 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, modulation: Tensor, past: Tensor) -> tuple[Tensor, tuple]:
-        """x [N, K, W], modulation [N, 6, W], past [N, 2, heads, tokens, D] -> x, new (k, v)."""
-        N, K, W = x.shape                                               # rows, tokens, width
+        """x [N, M, W], modulation [N, 6, W], past [N, 2, heads, tokens, width] -> x, (k, v)."""
+        N, M, W = x.shape                                               # rows, tokens, width
         table = (modulation + self.table)[:, :, None]
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(1)  # [N, 1, W]
         y = F.layer_norm(x, (W,)) * (1 + scale1) + shift1
-        q, k, v = self.qkv(y).view(N, K, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = (F.rms_norm(z, z.shape[-1:]).to(v.dtype) for z in (q, k))    # [N, heads, K, D]
+        q, k, v = self.qkv(y).view(N, M, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = (F.rms_norm(z, z.shape[-1:]).to(v.dtype) for z in (q, k))    # [N, heads, M, width]
         new = k, v
         k, v = (torch.cat([old.to(z.dtype), z], 2) for old, z in zip(past.unbind(1), new))
-        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5           # [N, heads, K, past + K]
-        y = (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).reshape(N, K, W)
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5           # [N, heads, M, past + M]
+        y = (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).reshape(N, M, W)
         x = x + gate1 * self.out(y)
         y = F.layer_norm(x, (W,)) * (1 + scale2) + shift2
         return x + gate2 * self.down(F.gelu(self.up(y))), new
@@ -242,7 +242,7 @@ class Generator(nn.Module):
             condition = self.time(torch.cat([angle.cos(), angle.sin()], -1)) + context.words
             modulation = self.modulation(condition).view(N, 6, self.width)
             y = x.reshape(N, -1, side, PATCH, side, PATCH).permute(0, 2, 4, 1, 3, 5)
-            y = self.patch(y.reshape(N, self.tokens, -1))               # [N, K, W]
+            y = self.patch(y.reshape(N, self.tokens, -1))               # [N, M, W]
             y = y + self.position[p] + context.words[:, None]
             kv = []
             for block, past in zip(self.blocks, context.kv.unbind(1)):
@@ -645,7 +645,7 @@ def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer
 
     pivot (from 1), what reward_metrics and update return, and seconds. On-policy, one batch of
     groups serves all updates (Algorithm 1); from the buffer each update draws its own, and the row
-    has their means. Means are over processes too.
+    has their means; not_finite and skipped are sums over draws. All are means over processes.
     """
     began, rows, pivots = time.perf_counter(), [], []
     draws, updates = (method.updates, 1) if method.buffered else (1, method.updates)

@@ -6,7 +6,7 @@ Rewards  text alignment (TA), visual (VQ) and motion quality (MQ) from any open_
          by name, or one's own function.
 
 Clips are float tensors [N, FRAMES, 3, SIZE, SIZE] in [0, 1]; prompts are strings such as "a red
-circle moving right". Nothing here depends on the generator.
+circle moving right". Loaders take the generator, or its class, as an argument.
 """
 
 import argparse

@@ -84,8 +84,8 @@ def entropy() -> str:
     return markdown(table)
 
 
-def trained(run: str, names: dict[str, tuple], more: tuple = ()) -> list[list[str]]:
-    """Changes of the final table and metrics of the training: a row for each (label, model)."""
+def trained(names: dict[str, tuple], more: tuple = ()) -> list[list[str]]:
+    """{label: (run, model)} -> label, seeds and changes of the final table, a row for each."""
     table = []
     for label, (name, model) in names.items():
         rows = rows_of("results.csv", run=name, model=model)
@@ -110,7 +110,7 @@ def baseline() -> str:
     names |= {label: pair for label, pair in noisy.items()
               if any(row["run"] == pair[0] for row in read(HERE / "results.csv"))}
     table = [["", "seeds", "Δ reward", "Δ judge", "training reward", "clipped"]]
-    for row, pair in zip(trained("", names), names.values()):
+    for row, pair in zip(trained(names), names.values()):
         table.append([*row, training(*pair, "last_reward", 2), training(*pair, "clip_fraction", 2)])
     return markdown(table)
 
@@ -155,7 +155,7 @@ def text_alone() -> str:
     more = (("ta", 3), ("text", 3), ("visual", 3), ("motion_quality", 3), ("area", 0),
             ("displacement", 1), ("spread", 1))
     header = ["", "seeds", "Δ reward", "Δ judge", *(f"Δ {n.replace('_', ' ')}" for n, _ in more)]
-    return markdown([header, *trained("", names, more)])
+    return markdown([header, *trained(names, more)])
 
 
 def others() -> str:
@@ -164,7 +164,7 @@ def others() -> str:
     have = {row["run"] for row in read(HERE / "results.csv")}
     names = {label: pair for label, pair in names.items() if pair[0] in have}
     header = ["", "seeds", "Δ reward", "Δ judge", "Δ all right", "Δ area"]
-    return markdown([header, *trained("", names, (("all_right", 2), ("area", 0)))])
+    return markdown([header, *trained(names, (("all_right", 2), ("area", 0)))])
 
 
 def cost() -> str:
@@ -178,7 +178,7 @@ def factors() -> str:
     runs = [run for run in dict.fromkeys(row["run"] for row in rows_of("results.csv"))
             if run.startswith("factors")]
     header = ["", "seeds", "Δ reward", "Δ judge", "Δ area", "Δ spread", "clipped"]
-    table = trained("", {run[8:] or "the defaults": (run, "on-policy") for run in runs},
+    table = trained({run[8:] or "the defaults": (run, "on-policy") for run in runs},
                     (("area", 0), ("spread", 1)))
     clipped = [training(run, "on-policy", "clip_fraction", 2) for run in runs]
     return markdown([header, *([*row, cell] for row, cell in zip(table, clipped))])
@@ -190,7 +190,7 @@ def tuning() -> str:
     for row in rows_of("training.csv"):
         if row["run"].startswith("tuning"):
             pair = row["run"], row["training"]
-            cells = trained("", {"": pair}, (("ta", 4),))[0][2:]
+            cells = trained({"": pair}, (("ta", 4),))[0][2:]
             line = row["command"].replace("--seed S ", "").removeprefix("python ")
             table.append([f"`{line}`", training(*pair, "last_reward", 2), *cells,
                           training(*pair, "clip_fraction", 2)])
