@@ -79,7 +79,7 @@ class Training:
     rank: int = option(16, "rank r of the LoRA adapter", "[1, 4096]", "64")
     alpha: float = option(32.0, "α of the LoRA adapter, scaled by α/r", "(0, 1e6]", "128")
     targets: str = option(".*", "regular expression of the linear layers that get LoRA", "regex")
-    micro: int = option(0, "most rows in a batch of fork and update; 0: no limit", "[0, 1e6]")
+    micro: int = option(0, "most rows in a batch; 0: no limit, but 48 in judging", "[0, 1e6]")
 
 
 @dataclass
@@ -357,13 +357,13 @@ def fork(model: Generator, prompts: list[str], pivot: int, noise: Noise, initial
             branch = model.extend(branch, points[:, -1])
             chunks += rollout(model, branch, noise.repeat(n), pivot + 1, model.chunks)[:1]
         latents = torch.cat(chunks, 1)
-        latents[~latents.isfinite().flatten(1).all(1)] = math.nan       # see explore
+        broken = ~torch.cat([latents, points], 1).isfinite().flatten(1).all(1)
+        latents[broken], states[broken], points[broken] = math.nan, 0.0, 0.0
         parts.append([x.unflatten(0, (P, n)) for x in (states, points, model.decode(latents))])
+    # A branch that is not finite has no reward (explore). As zeros, it keeps the distances of its
+    # group finite; drawn as an anchor, it adds a small gradient.
     states, points, clips = (torch.cat(part, 1) for part in zip(*parts))
-    # As zeros, a branch that is not finite keeps the distances of its group finite; drawn as an
-    # anchor, it still adds a small gradient.
-    states, points = (x.transpose(1, 2).nan_to_num(0.0, 0.0, 0.0) for x in (states, points))
-    return Fork(prompts, prefix, context, states, points), clips
+    return Fork(prompts, prefix, context, states.transpose(1, 2), points.transpose(1, 2)), clips
 
 
 # ------------------------------------------------------------------ objective (pure functions)
@@ -578,6 +578,15 @@ def update(model: Generator, adapter: Adapter, branches: Fork, rewards: Tensor, 
 
 # ------------------------------------------------------------------ groups
 
+@torch.no_grad()
+def context_after(model: Generator, prompts: list[str], prefix: Tensor) -> Context:
+    """h_{p-1} of finished chunks [P, pivot, *chunk_shape], made again."""
+    context = model.begin(prompts)
+    for x0 in prefix.unbind(1):
+        context = model.extend(context, x0)
+    return context
+
+
 def explore(model: Generator, method: Method, prompts: list[str], reward: Callable, P: int,
             rng: torch.Generator) -> tuple[Fork, dict[str, Tensor]]:
     """Algorithm 1, lines 1 to 5, for P of the prompts -> Fork, {"reward", ...: [P, G]}.
@@ -591,7 +600,12 @@ def explore(model: Generator, method: Method, prompts: list[str], reward: Callab
     initial, solver = method.branch_noise(noise, pivot, rng)                        # line 4
     branches, clips = fork(model, chosen, pivot, noise, initial, solver, method.micro)  # 2, 3, 5
     scores = reward(clips.flatten(0, 1), [prompt for prompt in chosen for _ in range(method.group)])
-    finite = clips.reshape(P, method.group, -1).isfinite().all(2)       # else the advantage is 0
+    finite = clips.reshape(P, method.group, -1).isfinite().all(2).cpu()     # else the advantage is 0
+    if not finite.any(1).all():     # a prompt without a finite branch gets the context of another
+        rows = torch.where(finite.any(1), torch.arange(P), finite.sum(1).argmax()).tolist()
+        chosen, prefix = [chosen[i] for i in rows], branches.prefix[rows]
+        context = context_after(model, chosen, prefix)
+        branches = branches._replace(prompts=chosen, prefix=prefix, context=context)
     scores = {name: x.view(P, -1).to(model.device) for name, x in scores.items()}
     return branches, {name: x.where(finite.to(x.device), math.nan) for name, x in scores.items()}
 
@@ -616,7 +630,6 @@ def collect_buffer(model: Generator, method: Method, prompts: list[str], reward:
     return buffer
 
 
-@torch.no_grad()
 def draw_from(buffer: Buffer, model: Generator, P: int,
               rng: torch.Generator) -> tuple[Fork, dict[str, Tensor]]:
     """Up to P random groups, as explore returns them; no adapter may be on.
@@ -631,9 +644,7 @@ def draw_from(buffer: Buffer, model: Generator, P: int,
                for name in groups[0] if name != "prompt"}
     prefix, states, candidates = (tensors.pop(x) for x in ("prefix", "states", "candidates"))
     prompts = [group["prompt"] for group in groups]
-    context = model.begin(prompts)
-    for x0 in prefix.unbind(1):
-        context = model.extend(context, x0)
+    context = context_after(model, prompts, prefix)
     return Fork(prompts, prefix, context, states, candidates), tensors      # the rest: rewards
 
 
@@ -725,26 +736,27 @@ def choose_strength(scores: dict[float, tuple[float, float]],
 
 @torch.no_grad()
 def sample_batches(model: Generator, prompts: list[str], rng: torch.Generator,
-                   size: int = 48) -> Tensor:
-    """sample in batches; the noise depends on rng alone, not on the model."""
+                   size: int) -> Tensor:
+    """sample in batches of size, 48 if it is 0; the noise depends on rng alone, not on the model."""
+    size = size or 48
     parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
     return torch.cat([sample(model, part, draw_noise(model, len(part), rng))
                       for part in parts])
 
 
-def held_out(model: Generator, reward: Callable, samples: int, seed: int,
-             purpose: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """`samples` clips of each held-out prompt, and their evaluation."""
+def held_out(model: Generator, reward: Callable, size: int, samples: int,
+             *stream: int | str) -> tuple[Tensor, dict[str, Tensor]]:
+    """`samples` clips of each held-out prompt, in batches of size, and their evaluation."""
     prompts = [prompt for prompt in HELD_OUT_PROMPTS for _ in range(samples)]
-    clips = sample_batches(model, prompts, seeded(seed, purpose))
+    clips = sample_batches(model, prompts, seeded(*stream), size)
     return clips, evaluate(clips, prompts, reward)
 
 
-def compare(model: Generator, reward: Callable, adapters: dict[str, Adapter], sweep: list[float],
-            samples: int, seed: int) -> tuple[str, dict[str, Adapter], dict, dict]:
+def compare(model: Generator, adapters: dict[str, Adapter], sweep: list[float],
+            judge_model: Callable) -> tuple[str, dict[str, Adapter], dict, dict]:
     """Judge the base, the adapters and, if the recipe's two are there, their merges (the rows of
     Tables 1 and 3), on the same noise -> the chosen model ("" if nothing was merged); adapters
-    (None for the base), clips and scores by name."""
+    (None for the base), clips and scores by name. judge_model() -> clips, scores."""
     models, strengths, clips, results = {"base": None} | adapters, {}, {}, {}
     if {"on-policy", "semi"} <= set(adapters):
         on, semi = adapters["on-policy"], adapters["semi"]
@@ -753,7 +765,7 @@ def compare(model: Generator, reward: Callable, adapters: dict[str, Adapter], sw
         models = {"base": None, "semi": semi} | merged | {"on-policy": on}
     for name, adapter in progress(models.items(), desc="judging", unit="model"):
         with adapter.on(model) if adapter else nullcontext():
-            clips[name], results[name] = held_out(model, reward, samples, seed, "judging")
+            clips[name], results[name] = judge_model()
     both = {name: (scores["reward"].mean().item(), scores["judge"].mean().item())
             for name, scores in results.items()}
     s = choose_strength({s: both[name] for name, s in strengths.items()}, both["base"])
@@ -773,7 +785,7 @@ def load(settings: Settings) -> tuple[Generator, WeightedReward, WeightedReward]
     buffered = parse_rewards(settings.buffer_reward, "buffer-reward")
     model = load_generator(settings.base, device, settings.precision == "bf16", settings.timesteps)
     functions = {name: load_reward(name, device, clip) for name in weights | buffered}
-    clips = sample_batches(model, TRAIN_PROMPTS, seeded(0, "calibration"))     # for all seeds
+    clips = sample_batches(model, TRAIN_PROMPTS, seeded(0, "calibration"), settings.micro)
     reward = WeightedReward(functions, weights, clips, TRAIN_PROMPTS)
     return model, reward, reward.reweighted(buffered)
 
@@ -807,8 +819,8 @@ def run(settings: Settings, own: dict[str, Method] | None = None,
                       "reward": buffer_reward.weights, "reward models": buffer_reward.hashes()}
     buffer = load_buffer(file, model, about) if settings.buffer or file.exists() else None
     Adapter.new(model, settings.rank, settings.alpha, targets=settings.targets)     # fails early
-    samples = min(2, settings.judge_samples)                                    # of the curve
-    judge_model = lambda: held_out(model, reward, samples, settings.seed, "curve")[1]
+    judge_model = partial(held_out, model, reward, settings.micro)
+    point = lambda: judge_model(min(2, settings.judge_samples), settings.seed, "curve")[1]
     with run_folder(folder, settings, record | {"device": device_name(model.device),
                                                 "reward_scales": reward.scales}):
         adapters, rows = {}, []
@@ -819,13 +831,13 @@ def run(settings: Settings, own: dict[str, Method] | None = None,
                 save_buffer(buffer, file, about)
             groups = (partial(draw_from, buffer, model, method.prompts) if method.buffered else
                       partial(explore, model, method, prompts, trained_on, method.prompts))
-            adapters[name], new = align(name, model, method, groups, judge_model,
+            adapters[name], new = align(name, model, method, groups, point,
                                         settings.judge_every, settings.save_every, settings.seed,
                                         folder, record)
             rows += new
         trained = time.perf_counter() - began
-        chosen, models, clips, results = compare(model, reward, adapters, sweep,
-                                                 settings.judge_samples, settings.seed)
+        chosen, models, clips, results = compare(model, adapters, sweep, partial(
+            judge_model, settings.judge_samples, settings.seed, "judging"))
         if chosen:
             models[chosen].save(folder / "merged", record | {"method": f"merged, {chosen}", "step":
                                 settings.steps, "steps": settings.steps, "seed": settings.seed})

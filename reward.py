@@ -841,6 +841,8 @@ class ClipReward:
     black, not cropped. Raises UserError.
     """
 
+    batch = 256         # frames encoded at a time
+
     def __init__(self, name: str = str(ASSETS / "clip"), device: str | torch.device = "cpu",
                  whole: bool = False):
         import open_clip  # slow to import: only where needed
@@ -909,7 +911,7 @@ class ClipReward:
         resized = [fit(s, round(scale * n)) for s, n in zip((height, width), frames.shape[2:])]
         top, left = int((height - resized[0]) / 2), int((width - resized[1]) / 2)   # < 0: crop
         edges = left, width - resized[1] - left, top, height - resized[0] - top
-        for part in frames.split(256):
+        for part in frames.split(self.batch):
             part = part.to(self.device, torch.float32)
             if list(part.shape[2:]) != resized:
                 part = F.interpolate(part, resized, mode="bicubic", antialias=True).clamp(0, 1)

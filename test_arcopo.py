@@ -926,6 +926,52 @@ def test_a_group_without_rewards_changes_nothing_for_the_others():
     assert all(torch.allclose(3 * a, 2 * b, atol=1e-6) for a, b in zip(*results))
 
 
+@pytest.mark.parametrize("where", ["text", "prefix", "all branches"])
+def test_a_prompt_that_is_not_finite_is_skipped_alone(where):
+    """The update is that of the other prompts, at two thirds of the weight."""
+    model, results = tiny(), []
+    method = tiny_method("on-policy", clip_range=math.inf, floor=1e-6)
+    begin, predict = model.begin, model.predict
+    bad = lambda prompts: torch.tensor([p == PROMPTS[1] for p in prompts])
+
+    def broken_begin(prompts):
+        context = begin(prompts)
+        context.words[bad(prompts)] = math.nan
+        return context
+
+    def broken_predict(x_t, t, context):
+        x0 = predict(x_t, t, context)
+        wanted = begin(PROMPTS[1:2]).words
+        pivot = context.kv.shape[4] // model.tokens
+        if where == "all branches" or pivot == 0:
+            x0[(context.words == wanted).all(1)] *= math.nan
+        return x0
+
+    model.begin, model.predict = ((broken_begin, predict) if where == "text" else
+                                  (begin, broken_predict))
+    adapter = nonzero(Adapter.new(model, 4, 4.0, seeded(0)))
+    optimizer = torch.optim.SGD(adapter.parameters(), 1.0)
+    with adapter.on(model):     # a stream whose pivot is not the first chunk
+        branches, scores = explore(model, method, PROMPTS, brightness, 3, seeded(3))
+    model.begin, model.predict = begin, predict
+    alive = scores["reward"].isfinite().all(1)
+    assert branches.prefix.shape[1] > 0 and alive.sum() == 2
+    assert scores["reward"].isnan().sum() == method.group
+    rows = alive.nonzero()[:, 0].tolist()
+    alone = Fork([branches.prompts[i] for i in rows], branches.prefix[rows],
+                 arcopo.Context(*(x[rows] for x in branches.context)), branches.states[rows],
+                 branches.candidates[rows])
+    for group, rewards in ((branches, scores["reward"]), (alone, scores["reward"][rows])):
+        row = update(model, adapter, group, rewards, method, optimizer, 1, seeded(1))
+        assert row["skipped"] == 0
+        results.append([p.grad.clone() for p in adapter.parameters()])
+        for p, g in zip(adapter.parameters(), results[-1]):
+            p.data += g         # undo the step
+    size = max(b.abs().max().item() for b in results[1])
+    assert size > 1e-4 and all(
+        torch.allclose(3 * a, 2 * b, atol=1e-4 * size) for a, b in zip(*results))
+
+
 def test_a_branch_that_is_not_finite_stays_out_of_the_update():
     """NaN in the pivot chunk of one branch, as from a numerical overflow."""
     model = tiny()
@@ -1456,7 +1502,7 @@ def test_script_runs_the_recipe_and_samples_from_its_adapter(tmp_path, tiny_base
     assert ("semi *" if s is None else f"s = {s:g} *") in done.stdout
     assert "both reward and judge over the base" in done.stdout
     model = arcopo.load_generator(tiny_base)
-    reference = sample_batches(model, TRAIN_PROMPTS, seeded(0, "calibration"))
+    reference = sample_batches(model, TRAIN_PROMPTS, seeded(0, "calibration"), 0)
     parts = {"ta": ClipReward().text_alignment}
     text = WeightedReward(parts, {"ta": 1.0}, reference, TRAIN_PROMPTS)
     method = tiny_method("semi", group=3)
