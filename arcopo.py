@@ -46,11 +46,12 @@ from torch import Tensor, nn
 
 from reward import (ASSETS, CHUNKS, CHUNK_FRAMES, COLOURS, HALVES, HELD_OUT_PROMPTS, JUDGED,
                     MOTIONS, RANK, SHAPES, SIZE, TRAIN_PROMPTS, TrainingLog, UserError,
-                    WeightedReward, attributes, check_gif, check_settings, choose_device, command,
-                    deferred_interrupt, device_name, evaluate, load_buffer, load_reward, open_run,
-                    option, parse_options, parse_rewards, parse_sweep, parse_times, progress,
-                    read_adapter, read_model, read_prompts, report_not_finite, reward_metrics,
-                    run_folder, save_buffer, save_gif, seeded, write_adapter, write_report)
+                    WeightedReward, attributes, check_gif, check_settings, checksum, choose_device,
+                    command, deferred_interrupt, device_name, evaluate, load_buffer, load_reward,
+                    open_run, option, parse_options, parse_rewards, parse_sweep, parse_times,
+                    progress, read_adapter, read_model, read_prompts, report_not_finite,
+                    reward_metrics, run_folder, save_buffer, save_gif, seeded, write_adapter,
+                    write_report)
 
 
 # ------------------------------------------------------------------ settings
@@ -416,15 +417,15 @@ def surrogate_log_policy(candidates: Tensor, anchor: Tensor, tau: float) -> Tens
     return F.log_softmax(-d / tau, -1)
 
 
-def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:
+def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
     """J = 1/G Σ_i min(ρ⁽ⁱ⁾ A⁽ⁱ⁾, clip(ρ⁽ⁱ⁾, 1-ε, 1+ε) A⁽ⁱ⁾) (Eq. 3), a scalar to be MAXIMISED.
 
     log_ratio [..., G] = log π_θ - log π_old; advantages broadcast to it; leading axes (prompts,
-    steps, anchors) are averaged. clip = inf: no clip (the paper's off-policy baseline). Where
+    steps, anchors) are averaged. clip_range ε = inf: no clip (the paper's off-policy baseline). Where
     θ = θ_old, ∂J/∂x^(θ) = 2/(GτD) Σ_i A⁽ⁱ⁾ x⁽ⁱ⁾ for each anchor, with or without the clip.
     """
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip, 1 + clip)
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.minimum(ratio * advantages, clipped * advantages).mean()
 
 
@@ -822,6 +823,7 @@ def run(settings: Settings, own: dict[str, Method] | None = None,
     judge_model = partial(held_out, model, reward, settings.micro)
     point = lambda: judge_model(min(2, settings.judge_samples), settings.seed, "curve")[1]
     with run_folder(folder, settings, record | {"device": device_name(model.device),
+                                                "prompts": checksum({}, {"prompts": prompts}),
                                                 "reward_scales": reward.scales}):
         adapters, rows = {}, []
         for name, method in trainings.items():

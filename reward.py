@@ -554,7 +554,8 @@ def open_run(settings):
 @contextmanager
 def run_folder(folder: Path, settings, about: dict):
     """Write to the folder as the only process; Ctrl-C says how to go on. settings.json has the
-    settings, `about` (with the "base"), code, machine and command. Raises UserError."""
+    settings, `about` (with base, prompts, reward_scales), code, machine and command. Raises
+    UserError, also if base, prompts or rewards are others than when the run began."""
     import fcntl
 
     if RANK > 0:
@@ -573,8 +574,15 @@ def run_folder(folder: Path, settings, about: dict):
                                          "date": time.strftime("%Y-%m-%d %H:%M:%S %z")}
             saved = {"settings": asdict(settings), "run": about}
             write_whole(file, json.dumps(saved | {"checksum": checksum({}, saved)}, indent=1))
-        elif json.loads(file.read_text(encoding="utf-8"))["run"]["base"] != about["base"]:
-            raise UserError(f"--resume {folder}: --base {settings.base} is another base now")
+        then = json.loads(file.read_text(encoding="utf-8"))["run"]
+        for name, setting in (("base", "--base"), ("prompts", "--prompts-file")):
+            if then[name] != about[name]:
+                raise UserError(f"--resume {folder}: {setting} has changed since the run began")
+        for name, (mean, std) in then["reward_scales"].items():
+            now = about["reward_scales"][name]      # machines round differently
+            if max(abs(now[0] - mean), abs(now[1] - std)) > 0.01 * std + 1e-6:
+                raise UserError(f"--resume {folder}: the reward {name} has changed since the run "
+                                "began")
         try:
             yield
         except KeyboardInterrupt as error:

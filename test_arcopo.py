@@ -1639,7 +1639,10 @@ def test_a_run_killed_anywhere_ends_as_if_it_was_never_killed(tmp_path, tiny_bas
 
 
 def test_resume_refuses_what_it_cannot_go_on_with(tmp_path, tiny_base, monkeypatch, capsys):
-    arguments = ["--method", "on-policy", "--steps", 2, "--save-every", 1, "--base", tiny_base]
+    listed = tmp_path / "prompts.txt"
+    listed.write_text("\n".join(TRAIN_PROMPTS))
+    arguments = ["--method", "on-policy", "--steps", 2, "--save-every", 1, "--base", tiny_base,
+                 "--prompts-file", listed]
     out = tmp_path / "run"
     plain, calls = arcopo.iterate, []
 
@@ -1675,8 +1678,15 @@ def test_resume_refuses_what_it_cannot_go_on_with(tmp_path, tiny_base, monkeypat
     refused("other settings")
     (out / "settings.json").write_text(saved)
     save_generator(tiny(seed=3), tiny_base)  # another base in the same place
-    refused("another base")
+    refused("--base has changed")
     save_generator(tiny(), tiny_base)
+    listed.write_text("\n".join(TRAIN_PROMPTS[1:]))
+    refused("--prompts-file has changed")
+    listed.write_text("\n".join(TRAIN_PROMPTS))
+    with monkeypatch.context() as patch:
+        alignment = reward.ClipReward.text_alignment
+        patch.setattr(reward.ClipReward, "text_alignment", lambda *a: alignment(*a) * 1.1)
+        refused("reward ta has changed")
     newest, older = (out / f"on-policy.checkpoint.safetensors{e}" for e in ("", ".previous"))
     whole = newest.read_bytes()
     newest.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
