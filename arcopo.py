@@ -421,8 +421,8 @@ def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip_range: float) 
     """J = 1/G Σ_i min(ρ⁽ⁱ⁾ A⁽ⁱ⁾, clip(ρ⁽ⁱ⁾, 1-ε, 1+ε) A⁽ⁱ⁾) (Eq. 3), a scalar to be MAXIMISED.
 
     log_ratio [..., G] = log π_θ - log π_old; advantages broadcast to it; leading axes (prompts,
-    steps, anchors) are averaged. clip_range ε = inf: no clip (the paper's off-policy baseline). Where
-    θ = θ_old, ∂J/∂x^(θ) = 2/(GτD) Σ_i A⁽ⁱ⁾ x⁽ⁱ⁾ for each anchor, with or without the clip.
+    steps, anchors) are averaged. clip_range ε = inf: no clip (the paper's off-policy baseline).
+    Where θ = θ_old, ∂J/∂x^(θ) = 2/(GτD) Σ_i A⁽ⁱ⁾ x⁽ⁱ⁾ for each anchor, with or without the clip.
     """
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -601,7 +601,7 @@ def explore(model: Generator, method: Method, prompts: list[str], reward: Callab
     initial, solver = method.branch_noise(noise, pivot, rng)                        # line 4
     branches, clips = fork(model, chosen, pivot, noise, initial, solver, method.micro)  # 2, 3, 5
     scores = reward(clips.flatten(0, 1), [prompt for prompt in chosen for _ in range(method.group)])
-    finite = clips.reshape(P, method.group, -1).isfinite().all(2).cpu()     # else the advantage is 0
+    finite = clips.reshape(P, method.group, -1).isfinite().all(2).cpu()   # else: no advantage
     if not finite.any(1).all():     # a prompt without a finite branch gets the context of another
         rows = torch.where(finite.any(1), torch.arange(P), finite.sum(1).argmax()).tolist()
         chosen, prefix = [chosen[i] for i in rows], branches.prefix[rows]
@@ -738,7 +738,7 @@ def choose_strength(scores: dict[float, tuple[float, float]],
 @torch.no_grad()
 def sample_batches(model: Generator, prompts: list[str], rng: torch.Generator,
                    size: int) -> Tensor:
-    """sample in batches of size, 48 if it is 0; the noise depends on rng alone, not on the model."""
+    """sample in batches (size 0: 48 prompts); the noise depends on rng, not on the model."""
     size = size or 48
     parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
     return torch.cat([sample(model, part, draw_noise(model, len(part), rng))

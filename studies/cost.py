@@ -269,7 +269,7 @@ def report(rows: list[dict], L: int) -> str:
     fast, top = (number(f"operations per second, {what}", "operations")
                  for what in ("fork 1 and update 1", "their matrix products alone"))
     return "\n\n".join([markdown(table), markdown(ratios), markdown(scales),
-                        f"Fork 1 and update 1 reach {fast / 1e9:.0f} · 10⁹ operations per second, "
+                        f"Fork 1 and update 1 reach {fast / 1e9:.0f} · 10⁹ operations per second,\n"
                         f"{fast / top:.0%} of what their matrix products reach alone."])
 
 
