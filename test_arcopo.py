@@ -2178,7 +2178,8 @@ def loaders(tmp_path_factory):
     optimizer.step()
     state = {"rows": [{"step": 1}], "curve": []}
     reward.save_checkpoint(folder / "checkpoint.safetensors", parameters, optimizer, state)
-    with reward.run_folder(folder / "run", tiny_settings(), {"base": ""}):
+    about = {"base": "", "prompts": "", "reward_scales": {}}
+    with reward.run_folder(folder / "run", tiny_settings(), about):
         (folder / "prompts.txt").write_text("\n".join(TRAIN_PROMPTS[:9]))
     sizes = list(zip((768, 1024, 128, 64, 16), (1024, 128, 64, 16, 1)))
     layers = nn.ModuleDict({f"{i}": nn.Linear(*n) for i, n in zip((0, 2, 4, 6, 7), sizes)})
