@@ -581,7 +581,7 @@ def update(model: Generator, adapter: Adapter, branches: Fork, rewards: Tensor, 
 
 @torch.no_grad()
 def context_after(model: Generator, prompts: list[str], prefix: Tensor) -> Context:
-    """h_{p-1} of finished chunks [P, pivot, *chunk_shape], made again."""
+    """h_{p-1}, recomputed from the finished chunks [P, pivot, *chunk_shape]."""
     context = model.begin(prompts)
     for x0 in prefix.unbind(1):
         context = model.extend(context, x0)
@@ -602,7 +602,8 @@ def explore(model: Generator, method: Method, prompts: list[str], reward: Callab
     branches, clips = fork(model, chosen, pivot, noise, initial, solver, method.micro)  # 2, 3, 5
     scores = reward(clips.flatten(0, 1), [prompt for prompt in chosen for _ in range(method.group)])
     finite = clips.reshape(P, method.group, -1).isfinite().all(2).cpu()   # else: no advantage
-    if not finite.any(1).all():     # a prompt without a finite branch gets the context of another
+    if not finite.any(1).all():     # Without a finite branch, a prompt's context may be NaN too,
+                                    # which would skip all P: it gets the context of another.
         rows = torch.where(finite.any(1), torch.arange(P), finite.sum(1).argmax()).tolist()
         chosen, prefix = [chosen[i] for i in rows], branches.prefix[rows]
         context = context_after(model, chosen, prefix)
@@ -614,7 +615,7 @@ def explore(model: Generator, method: Method, prompts: list[str], reward: Callab
 Buffer = list[dict]
 """Groups of semi-on-policy training (Sec. 3.3), made once by the reference policy and never
 changed: {"prompt": str, "reward" and its components: [G] and, in half precision, "prefix": [pivot,
-*chunk_shape], "states", "candidates": [T, G, *chunk_shape]}. draw_from makes the context again."""
+*chunk_shape], "states", "candidates": [T, G, *chunk_shape]}. draw_from recomputes the context."""
 
 
 def collect_buffer(model: Generator, method: Method, prompts: list[str], reward: Callable,
@@ -636,7 +637,7 @@ def draw_from(buffer: Buffer, model: Generator, P: int,
     """Up to P random groups, as explore returns them; no adapter may be on.
 
     Departures: all have the pivot of the first one drawn; tensors were stored in half precision;
-    h_{p-1} is not stored but made again from the prefix.
+    h_{p-1} is not stored but recomputed from the prefix.
     """
     shuffled = [buffer[i] for i in torch.randperm(len(buffer), generator=rng)]
     pivot = len(shuffled[0]["prefix"])
@@ -674,12 +675,12 @@ def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer
     return {"pivot": " ".join(pivots)} | row | {"seconds": time.perf_counter() - began}
 
 
-def align(name: str, model: Generator, method: Method, groups: Callable, judge_model: Callable,
+def align(name: str, model: Generator, method: Method, groups: Callable, point: Callable,
           judge_every: int, save_every: int, seed: int, folder: Path,
           record: dict) -> tuple[Adapter, list[dict]]:
     """Train one adapter, from its checkpoint if there is one -> it, and the rows of iterate.
 
-    judge_model() gives the scores of a point of the held-out curve. Writes the adapter with the
+    point() gives the scores of a point of the held-out curve. Writes the adapter with the
     record to folder/NAME, and the files of TrainingLog.
     """
     kind = "buffered" if method.buffered else "explored"    # methods of a kind share their streams
@@ -695,7 +696,7 @@ def align(name: str, model: Generator, method: Method, groups: Callable, judge_m
                                           seeded(seed, kind, step, *process)))
             if step % judge_every == 0 or step == method.steps:
                 with adapter.on(model):
-                    log.add_point(step, judge_model())
+                    log.add_point(step, point())
             stop = average_(torch.tensor(float(interrupted()), device=model.device)) > 0
             if step % save_every == 0 or step == method.steps or stop:
                 adapter.save(folder / name, record | {"method": name, "step": step, "seed": seed,

@@ -19,7 +19,7 @@ from reward import Parser, UserError, append_row, check_folder, command, nonempt
 HERE = Path(__file__).resolve().parent
 SECOND = "runs/second-base"
 PRETRAIN = ("python -m studies.pretrain --seed 1 --teacher-steps 1300 --student-steps 320 "
-            f"--out {SECOND}")                      # 40 minutes on 2 cores
+            f"--out {SECOND}")                      # about 40 minutes on 2 cores
 ONE = "python arcopo.py --method {} --seed S --steps {}"
 TA = ONE + " --reward ta=1 --judge-every 10"
 SDE = "python -m studies.sde_grpo --seed S --steps 60 --policy {}"

@@ -36,6 +36,7 @@ def muon_and_adamw(model: torch.nn.Module, hidden: list[Tensor]) -> list[torch.o
 class NoBfloat16(TorchFunctionMode):
     """torch's Muon orthogonalizes in bfloat16, which takes 150 times as long as float32 on a CPU
     without bfloat16 instructions."""
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is Tensor.bfloat16:
             return args[0].clone()
