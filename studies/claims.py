@@ -24,6 +24,7 @@ ONE = "python arcopo.py --method {} --seed S --steps {}"
 TA = ONE + " --reward ta=1 --judge-every 10"
 SDE = "python -m studies.sde_grpo --seed S --steps 60 --policy {}"
 POLICIES = "contrastive", "gaussian"
+RECIPE = "python arcopo.py --seed S --steps 100 --sweep 0.2,0.4,0.6,0.8,1,1.5,2"
 FACTORS = ("", "--sigma 0.25", "--sigma 1", "--group 6", "--group 24", "--anchors 1",
            "--anchors 12", "--clip-range 1e-5", "--clip-range 1e-3", "--clip-range inf",
            "--updates 1", "--updates 4")
@@ -32,8 +33,10 @@ RUNS = [  # (claims, run in the CSVs, command; S is the seed, its seeds if they 
     ("C1", "entropy", "python -m studies.entropy --seed S --timesteps 1,0.3,0.15,0.07"),
     ("C1", "entropy", "python -m studies.entropy --seed S --timesteps 1,0.5,0.25,0.1"),
     ("C8", "cost", "python -m studies.cost --seed S"),
-    ("C3 C6", "recipe", "python arcopo.py --seed S --steps 100 --sweep 0.2,0.4,0.6,0.8,1,1.5,2"),
+    ("C3 C6", "recipe", RECIPE),
     *(("C2", "equal rows", SDE.format(policy)) for policy in POLICIES),
+    *(("C2", "equal rows, best", f"{SDE.format(policy)} {best}") for policy, best in
+      zip(POLICIES, ("--lr 2e-4", "--sde-lr 5e-4 --floor 1e-3"))),
     *(("C4 C5", "ta", TA.format(method, 100)) for method in ("on-policy", "semi", "off-policy")),
     ("C4", "ta, semi at 1e-3", TA.format("semi", 100) + " --buffer-lr 1e-3"),
     ("C4", "ta, on-policy at 4e-4", TA.format("on-policy", 100) + " --lr 4e-4"),
@@ -45,13 +48,15 @@ RUNS = [  # (claims, run in the CSVs, command; S is the seed, its seeds if they 
     *(("factors", f"factors {change}".strip(), f"{ONE.format('on-policy', 40)} {change}".strip(),
        (0, 1)) for change in FACTORS),
     *(("tuning", f"tuning {lr}", SDE.format("contrastive") + f" --lr {lr}", (10,))
-      for lr in ("5e-5", "1e-4", "2e-4")),
+      for lr in ("5e-5", "1e-4", "2e-4", "4e-4")),
     *(("tuning", f"tuning {change}", SDE.format("gaussian") + f" {change}", (10,))
       for change in ("--sde-lr 2e-4", "--sde-lr 5e-4", "--sde-lr 1e-3",
                      "--sde-lr 5e-4 --sde-clip-range 4e-6", "--sde-lr 2e-4 --floor 1e-3",
-                     "--sde-lr 5e-4 --floor 1e-3")),
+                     "--sde-lr 5e-4 --floor 1e-3",
+                     "--sde-lr 1e-3 --floor 1e-3")),
     *(("tuning", f"tuning buffer {lr}", ONE.format("semi", 100) + f" --buffer-lr {lr}", (10,))
       for lr in ("2e-4", "4e-4", "1e-3")),
+    ("tuning", "tuning recipe", RECIPE, (10, 11)),
 ]
 
 
