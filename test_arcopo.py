@@ -1838,7 +1838,7 @@ def test_the_cost_study_counts_every_part(tmp_path, tiny_base, capsys, monkeypat
     monkeypatch.setattr(cost, "ROUNDS", 1)
     assert cost.main(["--base", tiny_base, "--out", tmp_path / "run", *TINY[:10]]) == 0
     rows = {row["part"]: row for row in read(tmp_path / "run" / "cost.csv")}
-    assert len(rows) == 3 * CHUNKS + 6 + 2 + 3
+    assert len(rows) == 3 * CHUNKS + 7 + 2 + 3
     assert all(float(row["operations"]) > 0 for name, row in rows.items() if name != "prefix 1")
     assert "of what their matrix products reach" in capsys.readouterr().out
     model, predicted = arcopo.load_generator(tiny_base), [0]
@@ -1854,7 +1854,7 @@ def test_the_cost_study_counts_every_part(tmp_path, tiny_base, capsys, monkeypat
     for name, call in parts.items():
         predicted[0] = 0
         call()
-        if name in counted and name != "SDE-GRPO, fork":  # counted as the mean over pivots
+        if name in counted:
             assert predicted[0] == counted[name], name
 
 

@@ -1,9 +1,9 @@
 """Run what each claim of the paper needs, over seeds: python -m studies.claims C2 --seeds 5
 
 Appends to results.csv (the final table of each run), curves.csv (held-out curves), training.csv (a
-summary of the training metrics), entropy.csv and cost.csv in --out, by default this folder. What is
-there already is not run again. "tuning" is the search for settings, "factors" changes one setting
-at a time.
+summary of the training metrics), base.csv, entropy.csv and cost.csv in --out, by default this
+folder. What is there already is not run again. "base" is what EVIDENCE.md says of the world and the
+base, "tuning" the search for settings, "factors" changes one setting at a time.
 """
 
 import csv
@@ -28,7 +28,13 @@ RECIPE = "python arcopo.py --seed S --steps 100 --sweep 0.2,0.4,0.6,0.8,1,1.5,2"
 FACTORS = ("", "--sigma 0.25", "--sigma 1", "--group 6", "--group 24", "--anchors 1",
            "--anchors 12", "--clip-range 1e-5", "--clip-range 1e-3", "--clip-range inf",
            "--updates 1", "--updates 4")
+STUDIES = "base", "entropy", "cost"     # each has a CSV of its own, of this name
 RUNS = [  # (claims, run in the CSVs, command; S is the seed, its seeds if they are fixed)
+    ("base", "base", "python -m studies.base --seed S"),
+    ("base", "area, VQ alone", ONE.format("on-policy", 40) + " --reward vq=1", (0, 1)),
+    ("base", "area, random reward",
+     "python -m studies.sde_grpo --seed S --steps 40 --policy contrastive --reward-noise 1000",
+     (0, 1)),
     ("C1", "entropy", "python -m studies.entropy --seed S"),
     ("C1", "entropy", "python -m studies.entropy --seed S --timesteps 1,0.3,0.15,0.07"),
     ("C1", "entropy", "python -m studies.entropy --seed S --timesteps 1,0.5,0.25,0.1"),
@@ -72,7 +78,7 @@ def trained(line: str) -> str:
 
 
 def done(out: Path, run: str, line: str, seed: int) -> bool:
-    if run in ("entropy", "cost"):
+    if run in STUDIES:
         return any((row["command"], row["seed"]) == (line, str(seed))
                    for row in read(out / f"{run}.csv"))
     return any((row["run"], row["model"], row["seed"]) == (run, trained(line), str(seed))
@@ -103,7 +109,7 @@ def execute(out: Path, run: str, line: str, seed: int, extra: list[str]) -> None
     print("$", shlex.join(words), flush=True)
     subprocess.run(words, cwd=HERE.parent, check=True)
     about = {"run": run, "command": line, "seed": seed}
-    if run in ("entropy", "cost"):
+    if run in STUDIES:
         for row in read(folder / f"{run}.csv"):
             append_row(out / f"{run}.csv", {"command": line, "seed": seed} | row)
         return
@@ -124,7 +130,7 @@ def main(arguments: list | None = None) -> int:
     def call() -> int:
         parser = Parser(__doc__.split("\n\n")[0])
         parser.add_argument("claims", nargs="+", metavar="CLAIM",
-                            help="C1 ... C8, factors, tuning")
+                            help="base, C1 ... C8, factors, tuning")
         parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1 [5]")
         parser.add_argument("--out", type=nonempty, default=str(HERE),
                             help="folder of the CSVs [studies]")

@@ -154,7 +154,8 @@ def counts(model: Generator, m: Method) -> dict:
     return row | {"independent rollouts": P * G * chunks(0, L),
                   "all branches, whole clip": 3 * m.updates * P * G * T * L,
                   "uncached rollouts": P * G * T * L * (L + 1) / 2,
-                  "SDE-GRPO, fork": mean(row[f"fork {p + 1}"] for p in range(L)),
+                  "update, all anchors": 3 * m.updates * P * G * T,
+                  "SDE-GRPO, fork": row[f"fork {L // 2 + 1}"],
                   "SDE-GRPO, update": 3 * m.updates * P * G * (T - 1)}
 
 
@@ -171,6 +172,7 @@ def measure(it: Iteration, reward: Callable) -> dict[str, Callable]:
     parts["independent rollouts"] = it.independent
     parts["uncached rollouts"] = it.uncached
     parts["all branches, whole clip"] = lambda: [it.update(forks[p][0], every) for p in range(L)]
+    parts["update, all anchors"] = lambda: it.update(forks[L // 2][0], every)
     parts["SDE-GRPO, fork"] = lambda: forks.update(sde=it.explore(L // 2, it.sde))
     parts["SDE-GRPO, update"] = lambda: it.update(forks["sde"][0], it.sde)
     return parts
@@ -238,6 +240,17 @@ def study(settings) -> int:
     return 0
 
 
+def iterations(rows: list[dict], L: int) -> dict[str, float]:
+    """Seconds of an iteration by method, from the rows of cost.csv: a fork (mean over pivots; that
+    of SDE-GRPO is the same work), the reward and the updates."""
+    seconds = {row["part"]: row["seconds"] for row in rows}
+    number = lambda *parts: mean(float(seconds[part]) for part in parts)
+    every = lambda part: number(*(f"{part} {p + 1}" for p in range(L)))
+    updates = {"AR-CoPO": every("update"), "AR-CoPO, all anchors": number("update, all anchors"),
+               "SDE-GRPO": number("SDE-GRPO, update")}
+    return {name: every("fork") + number("reward") + took for name, took in updates.items()}
+
+
 def report(rows: list[dict], L: int) -> str:
     """Tables in Markdown from the rows of cost.csv."""
     by = {row["part"]: row for row in rows}
@@ -259,6 +272,8 @@ def report(rows: list[dict], L: int) -> str:
     whole = [(number("independent rollouts", c) + number("all branches, whole clip", c))
              / (average("fork", c) + average("update", c)) for c in ("seconds", "counted")]
     ratios.append(["sequence-level GRPO / an iteration", *(f"{x:.2f}" for x in whole)])
+    by_method = [["iteration of", "seconds"]]
+    by_method += [[name, f"{took:.2f}"] for name, took in iterations(rows, L).items()]
     scales = [["iteration with", "seconds", "measured ratio", "counted ratio"]]
     for name in by:
         if name.startswith("iteration"):
@@ -268,7 +283,7 @@ def report(rows: list[dict], L: int) -> str:
                            f"{number(name, column) / number('iteration', column):.2f}"])
     fast, top = (number(f"operations per second, {what}", "operations")
                  for what in ("fork 1 and update 1", "their matrix products alone"))
-    return "\n\n".join([markdown(table), markdown(ratios), markdown(scales),
+    return "\n\n".join([markdown(table), markdown(ratios), markdown(by_method), markdown(scales),
                         f"Fork 1 and update 1 reach {fast / 1e9:.0f} · 10⁹ operations per second,\n"
                         f"{fast / top:.0%} of what their matrix products reach alone."])
 

@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from reward import Parser, check_folder, command, nonempty
+from studies.cost import iterations
 
 HERE = Path(__file__).resolve().parent
 TITLES = {"reward": "reward", "judge": "judge", "area": "shape area, px²",
@@ -59,42 +60,58 @@ def tradeoff():
     return figure
 
 
-TRAININGS = {"AR-CoPO": ("recipe", "on-policy"),
-             "AR-CoPO, 12 anchors": ("equal rows", "on-policy"),
-             "SDE-GRPO": ("equal rows", "sde-grpo")}
+TRAININGS = {  # label: run and training in curves.csv, iteration in cost.csv
+    "AR-CoPO": ("recipe", "on-policy", "AR-CoPO"),
+    "AR-CoPO, 12 anchors": ("equal rows", "on-policy", "AR-CoPO, all anchors"),
+    "AR-CoPO, 12 anchors, best": ("equal rows, best", "on-policy", "AR-CoPO, all anchors"),
+    "SDE-GRPO": ("equal rows", "sde-grpo", "SDE-GRPO"),
+    "SDE-GRPO, best": ("equal rows, best", "sde-grpo", "SDE-GRPO"),
+    "semi": ("recipe", "semi", "")}
 
 
 def curves():
     """C2, and reward against judge along training."""
-    figure, plots = plt.subplots(1, 3, figsize=(12, 3.5))
-    for label, (run, training) in TRAININGS.items():
+    figure, plots = plt.subplots(1, 4, figsize=(15, 3.5))
+    seconds = iterations([row for row in read("cost.csv") if row["seed"] == "0"], 4)
+    for label, (run, training, iteration) in TRAININGS.items():
         rows = read("curves.csv", run=run, training=training)
         for axes, column in zip(plots, ("reward", "judge")):
             band(axes, rows, "step", column, label)
         points = [[mean(v) for v in means(rows, "step", column).values()]
                   for column in ("reward", "judge")]
-        plots[2].plot(*points, marker="o", markersize=3)
+        line = plots[2].plot(*points, marker="o", markersize=3)[0]
+        if iteration:
+            took = [step * seconds[iteration] for step in means(rows, "step", "reward")]
+            plots[3].plot(took, points[0], marker="o", markersize=3, color=line.get_color())
     for axes, column in zip(plots, ("reward", "judge")):
         axes.set(title=TITLES[column], xlabel="iteration")
     plots[2].set(title="along training", xlabel="reward", ylabel="judge")
+    plots[3].set(title="reward", xlabel="seconds of training, alone on 2 cores")
     plots[0].legend(fontsize=7)
     return figure
 
 
 def ta():
     """C4 and C5."""
-    figure, plots = plt.subplots(1, 5, figsize=(15, 3))
+    figure, plots = plt.subplots(2, 3, figsize=(12, 6))
+    plots = plots.flatten()
     lines = [("on-policy", "ta", "on-policy"),
              ("on-policy, lr 4e-4", "ta, on-policy at 4e-4", "on-policy"),
              ("semi", "ta", "semi"), ("semi, lr 1e-3", "ta, semi at 1e-3", "semi"),
              ("off-policy", "ta", "off-policy")]
-    for axes, column in zip(plots, ("ta", "judge", "text", "visual", "displacement")):
-        for label, run, training in lines:
-            rows = read("curves.csv", run=run, training=training)
-            if training == "off-policy":        # its collapse would flatten all others
-                rows = [row for row in rows if float(row["step"]) <= 20]
+    columns = "ta", "judge", "text", "visual", "displacement"
+    for label, run, training in lines:
+        rows = read("curves.csv", run=run, training=training)
+        if training == "off-policy":            # its collapse would flatten all others
+            rows = [row for row in rows if float(row["step"]) <= 20]
+        for axes, column in zip(plots, columns):
             band(axes, rows, "step", column, label)
+        points = [[mean(v) for v in means(rows, "step", column).values()]
+                  for column in ("ta", "judge")]
+        plots[5].plot(*points, marker="o", markersize=3)
+    for axes, column in zip(plots, columns):
         axes.set(title=TITLES[column], xlabel="iteration")
+    plots[5].set(title="along training", xlabel="TA", ylabel="judge")
     plots[0].legend(fontsize=7)
     return figure
 

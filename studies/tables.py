@@ -11,6 +11,7 @@ from statistics import mean, stdev
 
 from reward import Parser, UserError, command, markdown, write_whole
 from studies.claims import read
+from studies.base import SCORES
 from studies.cost import report
 
 HERE = Path(__file__).resolve().parent
@@ -69,6 +70,39 @@ def bases() -> str:
     return markdown(table)
 
 
+def measured(subject: str, measure: str) -> list[float]:
+    """Of studies.base, a value for each seed."""
+    return list(column(rows_of("base.csv", subject=subject, measure=measure), "value").values())
+
+
+def world() -> str:
+    """Clips of the world under the judge's rules."""
+    table = [["", *(name.replace("_", " ") for name in SCORES)]]
+    for subject in ("sharp clips", "training clips"):
+        table.append([subject, *(spread(measured(subject, name), 2) for name in SCORES)])
+    return markdown(table)
+
+
+def pivots() -> str:
+    """The base's groups of branches by pivot."""
+    subjects = [f"pivot {p}" for p in range(1, 5)]
+    table = [["", *subjects]]
+    for label, measure in (("deviation of the reward", "deviation"), ("VQ and area", "vq and area"),
+                           ("TA and area", "ta and area"), ("reward and area", "reward and area"),
+                           ("reward and area, brightness fixed",) * 2):
+        table.append([label, *(spread(measured(subject, measure), 2) for subject in subjects)])
+    return markdown(table)
+
+
+def area() -> str:
+    """Which reward changes the area."""
+    names = {"TA, VQ and MQ": ("factors", "on-policy"),
+             "VQ alone": ("area, VQ alone", "on-policy"),
+             "random": ("area, random reward", "on-policy")}
+    header = ["reward", "seeds", "Δ reward", "Δ judge", "Δ VQ", "Δ area"]
+    return markdown([header, *trained(names, (("vq", 2), ("area", 1)))])
+
+
 def recipe() -> str:
     """C3 and C6: Tables 1 and 3 of the paper."""
     names = {"reward": 2, "judge": 3, "ta": 3, "vq": 2, "mq": 3, "area": 0, "spread": 1}
@@ -115,13 +149,15 @@ def training(run: str, model: str, name: str, digits: int) -> str:
 
 def baseline() -> str:
     """C2."""
-    names = {"AR-CoPO, 12 anchors": ("equal rows", "on-policy"),
-             "SDE-GRPO": ("equal rows", "sde-grpo"),
-             "AR-CoPO, noisy reward": ("equal rows, noisy", "on-policy"),
-             "SDE-GRPO, noisy reward": ("equal rows, noisy", "sde-grpo")}
-    table = [["", "seeds", "Δ reward", "Δ judge", "training reward", "clipped"]]
+    names = {f"{method}{label}": (f"equal rows{run}", model)
+             for label, run in ((", shipped", ""), (", best", ", best"), (", noisy", ", noisy"))
+             for method, model in (("AR-CoPO", "on-policy"), ("SDE-GRPO", "sde-grpo"))}
+    table = [["", "seeds", "Δ reward", "Δ judge", "training reward", "deviation", "flat groups",
+              "clipped"]]
     for row, pair in zip(trained(names), names.values()):
-        table.append([*row, training(*pair, "last_reward", 2), training(*pair, "clip_fraction", 2)])
+        table.append([*row, *(training(*pair, name, digits) for name, digits in
+                              (("last_reward", 2), ("deviation", 3), ("flat_groups", 2),
+                               ("clip_fraction", 2)))])
     return markdown(table)
 
 
@@ -200,8 +236,8 @@ def tuning() -> str:
     return markdown(table)
 
 
-TABLES = {f.__name__: f for f in (readme, bases, recipe, entropy, baseline, at_equal_ta, text_alone,
-                                  others, cost, factors, tuning)}
+TABLES = {f.__name__: f for f in (readme, world, bases, pivots, area, recipe, entropy, baseline,
+                                  at_equal_ta, text_alone, others, cost, factors, tuning)}
 
 
 def filled(text: str) -> str:
