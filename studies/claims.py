@@ -42,7 +42,7 @@ RUNS = [  # (claims, run in the CSVs, command; S is the seed, its seeds if they 
     ("C3 C6", "recipe", RECIPE),
     *(("C2", "equal rows", SDE.format(policy)) for policy in POLICIES),
     *(("C2", "equal rows, best", f"{SDE.format(policy)} {best}") for policy, best in
-      zip(POLICIES, ("--lr 2e-4", "--sde-lr 5e-4 --floor 1e-3"))),
+      zip(POLICIES, ("--lr 4e-4", "--sde-lr 5e-4 --floor 1e-3"))),
     *(("C4 C5", "ta", TA.format(method, 100)) for method in ("on-policy", "semi", "off-policy")),
     ("C4", "ta, semi at 1e-3", TA.format("semi", 100) + " --buffer-lr 1e-3"),
     ("C4", "ta, on-policy at 4e-4", TA.format("on-policy", 100) + " --lr 4e-4"),
@@ -54,7 +54,7 @@ RUNS = [  # (claims, run in the CSVs, command; S is the seed, its seeds if they 
     *(("factors", f"factors {change}".strip(), f"{ONE.format('on-policy', 40)} {change}".strip(),
        (0, 1)) for change in FACTORS),
     *(("tuning", f"tuning {lr}", SDE.format("contrastive") + f" --lr {lr}", (10,))
-      for lr in ("5e-5", "1e-4", "2e-4", "4e-4")),
+      for lr in ("5e-5", "1e-4", "2e-4", "4e-4", "1e-3")),
     *(("tuning", f"tuning {change}", SDE.format("gaussian") + f" {change}", (10,))
       for change in ("--sde-lr 2e-4", "--sde-lr 5e-4", "--sde-lr 1e-3",
                      "--sde-lr 5e-4 --sde-clip-range 4e-6", "--sde-lr 2e-4 --floor 1e-3",
