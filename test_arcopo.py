@@ -24,6 +24,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import imageio.v3 as iio
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -1544,7 +1545,8 @@ def test_script_runs_the_recipe_and_samples_from_its_adapter(tmp_path, tiny_base
     assert left(tmp_path / "again") == LEFT | {"semi.csv", "semi-curve.csv", "semi"}
 
 
-def test_a_reward_of_ones_own_trains_and_is_in_every_table(tmp_path, tiny_base):
+def test_a_reward_of_ones_own_trains_and_is_in_every_table(tmp_path, tiny_base, monkeypatch,
+                                                           capsys):
     """Of a module in the current folder, with prompts of one's own."""
     (tmp_path / "my_rewards.py").write_text(
         "def blue(clips, prompts):\n"
@@ -1563,11 +1565,14 @@ def test_a_reward_of_ones_own_trains_and_is_in_every_table(tmp_path, tiny_base):
     assert record["reward"] == {"my_rewards:blue": 1.0}
     few = script(*common[:-1], tmp_path / "few.txt", cwd=tmp_path)
     assert few.returncode == 2 and few.stderr.count("\n") == 1
-    for wrong in ("lambda clips, prompts: clips", "lambda clips: 1", "lambda c, p: None"):
-        (tmp_path / "my_rewards.py").write_text(f"blue = {wrong}\n")
-        done = script(*common[:4], "--reward", "my_rewards:blue=1", cwd=tmp_path)
-        assert done.returncode == 2 and "my_rewards:blue" in done.stderr
-        assert done.stderr.count("\n") == 1
+    monkeypatch.syspath_prepend(tmp_path)
+    for i, wrong in enumerate(("lambda clips, prompts: clips", "lambda clips: 1",
+                               "lambda c, p: None")):
+        (tmp_path / f"wrong{i}.py").write_text(f"blue = {wrong}\n")
+        line = [*common[:4], "--reward", f"wrong{i}:blue=1", "--out", tmp_path / "wrong"]
+        assert arcopo.main(line) == 2 and not (tmp_path / "wrong").exists()
+        error = capsys.readouterr().err
+        assert f"wrong{i}:blue" in error and error.count("\n") == 1
 
 
 def signed(saved: str) -> str:
@@ -1822,7 +1827,9 @@ def test_a_flow_model_trains_by_the_same_command(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flow", [False, True])
-def test_the_entropy_study_measures_a_change_only_where_noise_is_redrawn(flow, tmp_path, capsys):
+def test_the_entropy_study_measures_a_change_only_where_noise_is_redrawn(flow, tmp_path,
+                                                                         monkeypatch):
+    monkeypatch.setattr(entropy, "HELD_OUT_PROMPTS", PROMPTS)
     save_generator(tiny(flow=flow), tmp_path / "base.safetensors")
     assert entropy.main(["--base", tmp_path / "base.safetensors", "--out", tmp_path / "run"]) == 0
     rows = list(csv.DictReader(open(tmp_path / "run" / "entropy.csv")))
@@ -1830,6 +1837,27 @@ def test_the_entropy_study_measures_a_change_only_where_noise_is_redrawn(flow, t
     for row in rows:  # rows of a batch may round differently
         for column in ("pivot_chunk", "from_pivot_on", "reward"):
             assert (float(row[column]) < 1e-4) == (row["source"] == "nothing"), row
+
+
+def test_the_base_study(tmp_path, tiny_base, monkeypatch):
+    """Its correlations are numpy's; sharp clips score higher than training clips."""
+    from studies import base
+
+    x, y, z = torch.randn(3, 5, 4, generator=seeded(0)).double()
+    x, y = x + z, y - z
+    flat = lambda w: (w - w.mean(1, keepdim=True)).flatten().numpy()
+    assert np.isclose(base.correlation(x, y), np.corrcoef(flat(x), flat(y))[0, 1])
+    rest = [w - flat(z) * np.dot(w, flat(z)) / np.dot(flat(z), flat(z)) for w in (flat(x), flat(y))]
+    assert np.isclose(base.partial_correlation(x, y, z), np.corrcoef(*rest)[0, 1])
+    monkeypatch.setattr(base, "HELD_OUT_PROMPTS", PROMPTS)
+    monkeypatch.setattr(base, "TRAIN_PROMPTS", TRAIN_PROMPTS[:6])
+    assert base.main(["--base", tiny_base, "--out", tmp_path / "run"]) == 0
+    found = {(row["subject"], row["measure"]): float(row["value"])
+             for row in read(tmp_path / "run" / "base.csv")}
+    for name in base.SCORES[1:]:
+        assert found["sharp clips", name] > found["training clips", name]
+    assert all(found[f"pivot {p + 1}", "deviation"] > 0 for p in range(CHUNKS))
+    assert all(abs(value) <= 1 for (_, measure), value in found.items() if "area" in measure)
 
 
 def test_the_cost_study_counts_every_part(tmp_path, tiny_base, capsys, monkeypatch):
