@@ -66,6 +66,10 @@ RUNS = [  # (claims, run in the CSVs, command; S is the seed, its seeds if they 
 ]
 
 
+def words(text: str) -> tuple[str, ...]:
+    return tuple(shlex.split(text))
+
+
 def read(file: Path) -> list[dict]:
     return list(csv.DictReader(open(file, newline=""))) if file.exists() else []
 
@@ -95,7 +99,7 @@ def summary(rows: list[dict]) -> dict:
             "seconds": median(values("seconds"))}
 
 
-def execute(out: Path, run: str, line: str, seed: int, extra: list[str]) -> None:
+def execute(out: Path, run: str, line: str, seed: int, extra: tuple[str, ...]) -> None:
     """Run one command in a fresh folder, then copy its CSVs to the shared ones."""
     *before, last = line.split(" && ")
     for part in before:
@@ -104,10 +108,10 @@ def execute(out: Path, run: str, line: str, seed: int, extra: list[str]) -> None
     name = "".join(c if c.isalnum() or c in ".-" else "-" for c in f"{run}-{trained(line)}-{seed}")
     folder = out / "runs" / name
     shutil.rmtree(folder, ignore_errors=True)       # what an interrupted run wrote
-    words = [str(seed) if word == "S" else word for word in shlex.split(last)[1:]]
-    words = [sys.executable, *words, "--out", str(folder.absolute()), *extra]
-    print("$", shlex.join(words), flush=True)
-    subprocess.run(words, cwd=HERE.parent, check=True)
+    call = [str(seed) if word == "S" else word for word in shlex.split(last)[1:]]
+    call = [sys.executable, *call, "--out", str(folder.absolute()), *extra]
+    print("$", shlex.join(call), flush=True)
+    subprocess.run(call, cwd=HERE.parent, check=True)
     about = {"run": run, "command": line, "seed": seed}
     if run in STUDIES:
         for row in read(folder / f"{run}.csv"):
@@ -134,7 +138,7 @@ def main(arguments: list | None = None) -> int:
         parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1 [5]")
         parser.add_argument("--out", type=nonempty, default=str(HERE),
                             help="folder of the CSVs [studies]")
-        parser.add_argument("--extra", type=shlex.split, default=[],
+        parser.add_argument("--extra", type=words, default=(),
                             help="settings added to each command")
         args = parser.parse_args(arguments and [str(a) for a in arguments])
         known = {claim for claims, *_ in RUNS for claim in claims.split()}

@@ -152,9 +152,9 @@ def baseline() -> str:
     names = {f"{method}{label}": (f"equal rows{run}", model)
              for label, run in ((", shipped", ""), (", best", ", best"), (", noisy", ", noisy"))
              for method, model in (("AR-CoPO", "on-policy"), ("SDE-GRPO", "sde-grpo"))}
-    table = [["", "seeds", "Δ reward", "Δ judge", "training reward", "deviation", "flat groups",
-              "clipped"]]
-    for row, pair in zip(trained(names), names.values()):
+    table = [["", "seeds", "Δ reward", "Δ judge", "Δ area", "training reward", "deviation",
+              "flat groups", "clipped"]]
+    for row, pair in zip(trained(names, (("area", 0),)), names.values()):
         table.append([*row, *(training(*pair, name, digits) for name, digits in
                               (("last_reward", 2), ("deviation", 3), ("flat_groups", 2),
                                ("clip_fraction", 2)))])
@@ -224,15 +224,16 @@ def factors() -> str:
 
 
 def tuning() -> str:
-    """The search for settings, seed 10."""
-    table = [["command", "training reward", "Δ reward", "Δ judge", "Δ ta", "clipped"]]
-    for row in rows_of("training.csv"):
-        if row["run"].startswith("tuning"):
-            pair = row["run"], row["training"]
-            cells = trained({"": pair}, (("ta", 4),))[0][2:]
-            line = row["command"].replace("--seed S ", "").removeprefix("python ")
-            table.append([f"`{line}`", training(*pair, "last_reward", 2), *cells,
-                          training(*pair, "clip_fraction", 2)])
+    """The search for settings."""
+    table = [["command", "seeds", "training reward", "Δ reward", "Δ judge", "Δ ta", "clipped"]]
+    commands = {(row["run"], row["training"]): row["command"]
+                for row in rows_of("training.csv") if row["run"].startswith("tuning")}
+    for pair, line in commands.items():
+        seeds, *cells = trained({"": pair}, (("ta", 4),))[0][1:]
+        line = f"`{line.replace('--seed S ', '').removeprefix('python ')}`"
+        line += f": {pair[1]}" * (pair[0] == "tuning recipe")       # it has two trainings
+        table.append([line, seeds, training(*pair, "last_reward", 2), *cells,
+                      training(*pair, "clip_fraction", 2)])
     return markdown(table)
 
 
