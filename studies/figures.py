@@ -79,7 +79,7 @@ def curves():
             band(axes, rows, "step", column, label)
         points = [[mean(v) for v in means(rows, "step", column).values()]
                   for column in ("reward", "judge")]
-        line = plots[2].plot(*points, marker="o", markersize=3)[0]
+        line = plots[2].plot(*points, marker="o", markersize=3, label=label)[0]
         if iteration:
             took = [step * seconds[iteration] for step in means(rows, "step", "reward")]
             plots[3].plot(took, points[0], marker="o", markersize=3, color=line.get_color())
@@ -87,7 +87,7 @@ def curves():
         axes.set(title=TITLES[column], xlabel="iteration")
     plots[2].set(title="along training", xlabel="reward", ylabel="judge")
     plots[3].set(title="reward", xlabel="seconds of training, alone on 2 cores")
-    plots[0].legend(fontsize=7)
+    plots[2].legend(fontsize=7, loc="lower right")
     return figure
 
 
@@ -108,7 +108,8 @@ def ta():
             band(axes, rows, "step", column, label)
         points = [[mean(v) for v in means(rows, "step", column).values()]
                   for column in ("ta", "judge")]
-        plots[5].plot(*points, marker="o", markersize=3)
+        if training != "off-policy":
+            plots[5].plot(*points, marker="o", markersize=3)
     for axes, column in zip(plots, columns):
         axes.set(title=TITLES[column], xlabel="iteration")
     plots[5].set(title="along training", xlabel="TA", ylabel="judge")
