@@ -101,9 +101,9 @@ class Settings(Training):
     base: str = option("", "weights of the base generator [assets/base.safetensors]")
     timesteps: str = option("", "sampler times, falling from 1, as 1,0.5,0.25,0.1 [the base's]")
     prompts_file: str = option("", "training prompts, one per line [the world's 96]")
-    seed: int = option(0, "seed of everything random", "[0, 9e18]")
+    seed: int = option(0, "seed of training, sampling and judging", "[0, 9e18]")
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto is cuda if there is one")
-    precision: str = option("fp32", "or bf16: autocast, which rounds more coarsely than ε",
+    precision: str = option("fp32", "or bf16: autocast, rounds more coarsely than the clip range",
                             "fp32 | bf16")
 
     reward: str = option("ta=1,vq=1,mq=1", "weights of ta, vq, mq (text alignment, visual, motion "
@@ -145,13 +145,14 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, modulation: Tensor, past: Tensor) -> tuple[Tensor, tuple]:
-        """x [N, M, W], modulation [N, 6, W], past [N, 2, heads, tokens, width] -> x, (k, v)."""
+        """x [N, M, W], modulation [N, 6, W], past [N, 2, heads, tokens, W / heads]
+        -> x, (k, v)."""
         N, M, W = x.shape                                               # rows, tokens, width
         table = (modulation + self.table)[:, :, None]
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(1)  # [N, 1, W]
         y = F.layer_norm(x, (W,)) * (1 + scale1) + shift1
         q, k, v = self.qkv(y).view(N, M, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = (F.rms_norm(z, z.shape[-1:]).to(v.dtype) for z in (q, k))    # [N, heads, M, width]
+        q, k = (F.rms_norm(z, z.shape[-1:]).to(v.dtype) for z in (q, k))    # [N, heads, M, .]
         new = k, v
         k, v = (torch.cat([old.to(z.dtype), z], 2) for old, z in zip(past.unbind(1), new))
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5           # [N, heads, M, past + M]
@@ -362,7 +363,7 @@ def fork(model: Generator, prompts: list[str], pivot: int, noise: Noise, initial
         latents[broken], states[broken], points[broken] = math.nan, 0.0, 0.0
         parts.append([x.unflatten(0, (P, n)) for x in (states, points, model.decode(latents))])
     # A branch that is not finite has no reward (explore). As zeros, it keeps the distances of its
-    # group finite; drawn as an anchor, it adds a small gradient.
+    # group finite. It may still be drawn as an anchor.
     states, points, clips = (torch.cat(part, 1) for part in zip(*parts))
     return Fork(prompts, prefix, context, states.transpose(1, 2), points.transpose(1, 2)), clips
 
@@ -390,13 +391,13 @@ def group_advantages(rewards: Tensor, power: float = 0.0, floor: float = 1e-6) -
 
     rewards [..., G] -> [..., G]. With power p in (0, 2]: the quasi-norm A / (Σ|A|^p)^{1/p}
     (Neighbor GRPO Eq. 11, p = 0.8); p = 2 is A / √G. Departure: below `floor`, σ_r is replaced by
-    it (the quasi-norm's result is scaled by σ_r / floor), so that a nearly flat group moves the
-    policy little. A reward that is not finite is left out of r̄ and σ_r, and its advantage is 0.
+    it (the quasi-norm's result is scaled by σ_r / floor), so that a nearly flat group counts
+    little. A reward that is not finite is left out of r̄ and σ_r, and its advantage is 0.
     """
     finite = rewards.isfinite()
     count = finite.sum(-1, keepdim=True).clamp_min(1)
     least = rewards.where(finite, math.inf).amin(-1, keepdim=True)
-    centred = (rewards - least).where(finite, 0)    # first: equal rewards then give exact zeros
+    centred = (rewards - least).where(finite, 0)    # equal rewards: exact zeros
     centred = (centred - centred.sum(-1, keepdim=True) / count).where(finite, 0)
     deviation = (centred.square().sum(-1, keepdim=True) / count).sqrt()
     if power == 0:
@@ -422,9 +423,9 @@ def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip_range: float) 
 
     log_ratio [..., G] = log π_θ - log π_old; advantages broadcast to it; leading axes (prompts,
     steps, anchors) are averaged. clip_range ε = inf: no clip (the paper's off-policy baseline).
-    Where θ = θ_old, ∂J/∂x^(θ) = 2/(GτD) Σ_i A⁽ⁱ⁾ x⁽ⁱ⁾ for each anchor, with or without the clip.
+    For one anchor and θ = θ_old, ∂J/∂x^(θ) = 2/(GτD) Σ_i A⁽ⁱ⁾ x⁽ⁱ⁾, with or without the clip.
     """
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp_max(80).exp()       # below infinity: infinity times 0 is NaN
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.minimum(ratio * advantages, clipped * advantages).mean()
 
@@ -555,7 +556,7 @@ def update(model: Generator, adapter: Adapter, branches: Fork, rewards: Tensor, 
     for _ in range(updates):
         optimizer.zero_grad()
         log_ratios = []
-        with adapter.on(model):         # backward too: checkpointing runs the model again
+        with adapter.on(model):     # backward too: activation checkpointing runs the model again
             for i, part in enumerate(slices):
                 log_policy = method.log_policies(model, branches, *part.T)          # line 8
                 if old[i] is None:      # Departure: on-policy, π_old is that of the first replay,
@@ -567,7 +568,7 @@ def update(model: Generator, adapter: Adapter, branches: Fork, rewards: Tensor, 
                 log_ratios.append(log_ratio.detach())
         ratios.append(torch.cat(log_ratios, 1).exp())
         gradients = [p.grad for p in adapter.parameters() if p.grad is not None]
-        norms.append(nn.utils.get_total_norm([average_(g) for g in gradients]))     # in place
+        norms.append(nn.utils.get_total_norm([average_(g) for g in gradients]))
         if torch.isfinite(norms[-1]):
             optimizer.step()
         else:
@@ -658,7 +659,7 @@ def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer
 
     pivot (from 1), what reward_metrics and update return, and seconds. On-policy, one batch of
     groups serves all updates (Algorithm 1); from the buffer each update draws its own, and the row
-    has their means; not_finite and skipped are sums over draws. All are means over processes.
+    has their means; not_finite and skipped are sums over draws. Metrics are means over processes.
     """
     began, rows, pivots = time.perf_counter(), [], []
     draws, updates = (method.updates, 1) if method.buffered else (1, method.updates)
@@ -683,7 +684,7 @@ def align(name: str, model: Generator, method: Method, groups: Callable, point: 
     point() gives the scores of a point of the held-out curve. Writes the adapter with the
     record to folder/NAME, and the files of TrainingLog.
     """
-    kind = "buffered" if method.buffered else "explored"    # methods of a kind share their streams
+    kind = "buffered" if method.buffered else "explored"    # each kind has its own random numbers
     adapter = Adapter.new(model, method.rank, method.alpha, seeded(seed, kind, "adapter"),
                           method.targets)
     optimizer = torch.optim.AdamW(adapter.parameters(), method.lr, weight_decay=0)
@@ -739,7 +740,7 @@ def choose_strength(scores: dict[float, tuple[float, float]],
 @torch.no_grad()
 def sample_batches(model: Generator, prompts: list[str], rng: torch.Generator,
                    size: int) -> Tensor:
-    """sample in batches (size 0: 48 prompts); the noise depends on rng, not on the model."""
+    """sample in batches (size 0: 48 prompts); the noise depends on rng, not on the weights."""
     size = size or 48
     parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
     return torch.cat([sample(model, part, draw_noise(model, len(part), rng))
@@ -757,14 +758,15 @@ def held_out(model: Generator, reward: Callable, size: int, samples: int,
 def compare(model: Generator, adapters: dict[str, Adapter], sweep: list[float],
             judge_model: Callable) -> tuple[str, dict[str, Adapter], dict, dict]:
     """Judge the base, the adapters and, if the recipe's two are there, their merges (the rows of
-    Tables 1 and 3), on the same noise -> the chosen model ("" if nothing was merged); adapters
-    (None for the base), clips and scores by name. judge_model() -> clips, scores."""
+    Tables 1 and 3). judge_model() -> clips and scores of the model as it is, on the same noise.
+    Returns the name of the chosen model ("" if nothing was merged) and, by name, the adapters
+    (None for the base), clips and scores."""
     models, strengths, clips, results = {"base": None} | adapters, {}, {}, {}
     if {"on-policy", "semi"} <= set(adapters):
         on, semi = adapters["on-policy"], adapters["semi"]
         strengths = {f"s = {s:g}": s for s in sweep}
         merged = {name: merge_adapters((semi, 1.0), (on, s)) for name, s in strengths.items()}
-        models = {"base": None, "semi": semi} | merged | {"on-policy": on}
+        models = {"base": None, "semi": semi} | merged | adapters
     for name, adapter in progress(models.items(), desc="judging", unit="model"):
         with adapter.on(model) if adapter else nullcontext():
             clips[name], results[name] = judge_model()
@@ -778,9 +780,10 @@ def compare(model: Generator, adapters: dict[str, Adapter], sweep: list[float],
 # ------------------------------------------------------------------ command line
 
 def load(settings: Settings) -> tuple[Generator, WeightedReward, WeightedReward]:
-    """The base, the reward and the buffer's reward, on the scale of the base's own clips.
+    """The base, the reward and the buffer's reward.
 
     Departure: each reward is standardised on the base's clips before the weighted mean is taken.
+    These clips do not depend on the seed.
     """
     device, clip = choose_device(settings.device), settings.clip or str(ASSETS / "clip")
     weights = parse_rewards(settings.reward, "reward")
@@ -817,14 +820,16 @@ def run(settings: Settings, own: dict[str, Method] | None = None,
     model, reward, buffer_reward = load(settings)
     trained_on, file = wrap(reward), Path(settings.buffer or folder / "buffer.safetensors")
     record = {"base": model.fingerprint, "timesteps": list(model.timesteps)}
+    hashed = checksum({}, {"prompts": prompts})
     about = record | {"group": settings.group, "sigma": settings.sigma, "flow": model.flow,
-                      "reward": buffer_reward.weights, "reward models": buffer_reward.hashes()}
+                      "reward": buffer_reward.weights, "reward models": buffer_reward.hashes(),
+                      "training prompts": hashed}
     buffer = load_buffer(file, model, about) if settings.buffer or file.exists() else None
     Adapter.new(model, settings.rank, settings.alpha, targets=settings.targets)     # fails early
     judge_model = partial(held_out, model, reward, settings.micro)
     point = lambda: judge_model(min(2, settings.judge_samples), settings.seed, "curve")[1]
     with run_folder(folder, settings, record | {"device": device_name(model.device),
-                                                "prompts": checksum({}, {"prompts": prompts}),
+                                                "prompts": hashed,
                                                 "reward_scales": reward.scales}):
         adapters, rows = {}, []
         for name, method in trainings.items():
@@ -852,7 +857,7 @@ def run(settings: Settings, own: dict[str, Method] | None = None,
 
 
 def stream(settings: Settings) -> int:
-    """Stream one clip, chunk by chunk, to a GIF."""
+    """Generate one clip chunk by chunk and write it to a GIF."""
     file = check_gif(settings.out or "clip.gif")
     attributes([settings.sample])
     model = load_generator(settings.base, choose_device(settings.device),

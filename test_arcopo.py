@@ -575,6 +575,9 @@ def test_clip_stops_the_gradient_only_where_it_was_already_won():
     log_ratio.grad = None
     clipped_objective(log_ratio, advantages, math.inf).backward()
     assert torch.allclose(log_ratio.grad, log_ratio.exp().detach() * advantages / 4)
+    far = torch.tensor([1000.0, 1000.0], requires_grad=True)        # exp overflows
+    clipped_objective(far, torch.tensor([1.0, 0.0]), 0.1).backward()
+    assert torch.equal(far.grad, torch.zeros(2))
 
 
 def test_a_wide_clip_is_no_clip_and_eq_3_holds():
@@ -1545,6 +1548,15 @@ def test_script_runs_the_recipe_and_samples_from_its_adapter(tmp_path, tiny_base
     assert left(tmp_path / "again") == LEFT | {"semi.csv", "semi-curve.csv", "semi"}
 
 
+def test_compare_judges_every_adapter():
+    model = tiny()
+    adapters = {name: Adapter.new(model, 2, 2.0, seeded(0, name)) for name in arcopo.METHODS}
+    score = lambda: (torch.zeros(1), {name: torch.zeros(1) for name in ("reward", "judge")})
+    chosen, models, clips, results = arcopo.compare(model, adapters, [0.5, 1.0], score)
+    names = ["base", "semi", "s = 0.5", "s = 1", "on-policy", "off-policy"]
+    assert [*models] == [*clips] == [*results] == names and chosen == "semi"
+
+
 def test_a_reward_of_ones_own_trains_and_is_in_every_table(tmp_path, tiny_base, monkeypatch,
                                                            capsys):
     """Of a module in the current folder, with prompts of one's own."""
@@ -1563,6 +1575,9 @@ def test_a_reward_of_ones_own_trains_and_is_in_every_table(tmp_path, tiny_base, 
     record = reward.read_weights(tmp_path / "run" / "buffer.safetensors", "")[1]
     assert set(record["prompts"]) <= set(TRAIN_PROMPTS[:5])
     assert record["reward"] == {"my_rewards:blue": 1.0}
+    reused = ["--method", "semi", "--buffer", "run/buffer.safetensors", *mine, *TINY]
+    others = script(*common[:4], *reused, "--out", "others", cwd=tmp_path)
+    assert others.returncode == 2 and "made with training prompts" in others.stderr
     few = script(*common[:-1], tmp_path / "few.txt", cwd=tmp_path)
     assert few.returncode == 2 and few.stderr.count("\n") == 1
     monkeypatch.syspath_prepend(tmp_path)
