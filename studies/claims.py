@@ -41,6 +41,8 @@ RUNS = [  # (claims, run in the CSVs, command; S is the seed, its seeds if they 
     ("C8", "cost", "python -m studies.cost --seed S"),
     ("C3 C6", "recipe", RECIPE),
     *(("C2", "equal rows", SDE.format(policy)) for policy in POLICIES),
+    *(("C2", "equal rows, other times", f"{SDE.format(policy)} --timesteps 1,0.5,0.25,0.1",
+       (0, 1, 2)) for policy in POLICIES),
     *(("C2", "equal rows, best", f"{SDE.format(policy)} {best}") for policy, best in
       zip(POLICIES, ("--lr 4e-4", "--sde-lr 5e-4 --floor 1e-3"))),
     *(("C4 C5", "ta", TA.format(method, 100)) for method in ("on-policy", "semi", "off-policy")),

@@ -49,19 +49,22 @@ def models(run: str) -> list[str]:
 def readme() -> str:
     """The main table."""
     shown = {"base": "base", "semi": "semi-on-policy (s = 0)", "s = 0.4": "merged, s = 0.4",
-             "s = 0.6": "merged, s = 0.6", "s = 1": "merged, s = 1", "on-policy": "on-policy"}
-    table = [["", "reward", "judge", "all right", "area, px²"]]
+             "s = 0.6": "merged, s = 0.6", "s = 0.8": "merged, s = 0.8", "s = 1": "merged, s = 1",
+             "on-policy": "on-policy"}
+    table = [["", "reward", "TA", "judge", "all right", "area, px²"]]
     for model, label in shown.items():
         rows = rows_of("results.csv", run="recipe", model=model)
         table.append([label, *(spread(list(column(rows, name).values()), digits) for name, digits in
-                               (("reward", 2), ("judge", 3), ("all_right", 2), ("area", 0)))])
+                               (("reward", 2), ("ta", 3), ("judge", 3), ("all_right", 2),
+                                ("area", 0)))])
     return markdown(table)
 
 
 def bases() -> str:
     """The generators before alignment."""
     table = [["", "all right", "visual", "motion quality", "judge", "area, px²"]]
-    runs = {"teacher": "flow", "base": "recipe", "after 40 minutes": "second base"}
+    runs = {"teacher": "flow", "base": "recipe", "base, distilled times": "equal rows, other times",
+            "after 40 minutes": "second base"}
     for label, run in runs.items():
         rows = rows_of("results.csv", run=run, model="base")
         table.append([label, *(spread(list(column(rows, name).values()), digits) for name, digits in
@@ -150,7 +153,8 @@ def training(run: str, model: str, name: str, digits: int) -> str:
 def baseline() -> str:
     """C2."""
     names = {f"{method}{label}": (f"equal rows{run}", model)
-             for label, run in ((", shipped", ""), (", best", ", best"), (", noisy", ", noisy"))
+             for label, run in ((", shipped", ""), (", best", ", best"), (", noisy", ", noisy"),
+                                (", distilled times", ", other times"))
              for method, model in (("AR-CoPO", "on-policy"), ("SDE-GRPO", "sde-grpo"))}
     table = [["", "seeds", "Δ reward", "Δ judge", "Δ area", "training reward", "deviation",
               "flat groups", "clipped"]]
