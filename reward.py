@@ -27,6 +27,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import weakref
 import zipfile
 from collections.abc import Callable
@@ -506,8 +507,9 @@ class TrainingLog:
 
     def steps(self, last: int) -> tqdm:
         """What is left of steps 0 to `last`. The curve has a point at step 0, the rows do not."""
-        self.bar = progress(range(len(self.rows) + bool(self.curve), last + 1), self.name,
-                            unit="it")
+        first = len(self.rows) + bool(self.curve)
+        self.bar = progress(range(first, last + 1), self.name, unit="it", initial=first,
+                            total=last + 1)
         return self.bar
 
     def add_row(self, step: int, row: dict) -> None:
@@ -960,17 +962,18 @@ def check_zip(file: Path) -> None:
         raise ValueError(f"{part} is damaged")
 
 
-def downloaded(file: str, url: str) -> Path:
+def downloaded(file: str, source: str) -> Path:
     """A file in MODELS. Raises UserError that says where to get it."""
     if not (MODELS / file).is_file():
-        raise UserError(f"--reward: {MODELS / file} is missing; download it from {url}")
+        raise UserError(f"--reward: {MODELS / file} is missing; it is {source}")
     return MODELS / file
 
 
 def hps(device: str, architecture: str = "ViT-H-14") -> Callable:
     """HPSv2.1 (Wu et al. 2023): cosine of frames and prompt, a CLIP tuned to human preference, of
     whole frames as in its own code."""
-    file = downloaded("HPS_v2.1_compressed.pt", "https://huggingface.co/xswu/HPSv2")
+    file = downloaded("HPS_v2.1_compressed.pt",
+                      "the file of this name in https://huggingface.co/xswu/HPSv2")
     return ClipReward(f"{architecture}:{file}", device, whole=True).text_alignment
 
 
@@ -979,9 +982,10 @@ class Aesthetic:
     to 10. (clips, prompts) -> mean over frames [N]."""
 
     def __init__(self, device: str, architecture: str = "ViT-L-14-quickgelu"):
-        file = downloaded("vit_large_patch14_clip_224.openai.safetensors", "https://huggingface.co/"
-                          "timm/vit_large_patch14_clip_224.openai (open_clip_model.safetensors)")
-        head = downloaded("sac+logos+ava1-l14-linearMSE.pth",
+        file = downloaded("vit_large_patch14_clip_224.openai.safetensors",
+                          "open_clip_model.safetensors in "
+                          "https://huggingface.co/timm/vit_large_patch14_clip_224.openai")
+        head = downloaded("sac+logos+ava1-l14-linearMSE.pth", "the file of this name in "
                           "https://github.com/christophschuhmann/improved-aesthetic-predictor")
         self.clip = ClipReward(f"{architecture}:{file}", device)
         self.model = self.clip.model
@@ -1075,8 +1079,10 @@ class WeightedReward:
             except UserError:
                 raise
             except (Exception, SystemExit) as error:
-                raise UserError(f"--reward {name}: failed ({type(error).__name__}: "
-                                f"{one_line(error)})") from error
+                place = traceback.extract_tb(error.__traceback__)[:2][-1]   # in the function
+                raise UserError(f"--reward {name}: failed at line {place.lineno} of "
+                                f"{place.filename} ({type(error).__name__}: {one_line(error)})"
+                                ) from error
             if value.shape != (len(clips),):
                 raise UserError(f"--reward {name}: returned shape {tuple(value.shape)} for "
                                 f"{len(clips)} clips; expected one number each")

@@ -9,8 +9,11 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
-import matplotlib
-
+try:
+    import matplotlib
+except ModuleNotFoundError:
+    print("figures: matplotlib is missing; pip install matplotlib", file=sys.stderr)
+    sys.exit(2)
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 

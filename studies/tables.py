@@ -257,13 +257,13 @@ def main(arguments: list | None = None) -> int:
         parser = Parser(__doc__.split("\n\n")[0])
         parser.add_argument("--check", action="store_true", help="compare, write nothing")
         check = parser.parse_args(arguments and [str(a) for a in arguments]).check
-        for file in FILES:
-            text = file.read_text(encoding="utf-8")
-            if check and filled(text) != text:
+        texts = {file: file.read_text(encoding="utf-8") for file in FILES}
+        for file, new in {file: filled(text) for file, text in texts.items()}.items():
+            if check and new != texts[file]:
                 raise UserError(f"{file}: its tables are not those of the CSVs; run python -m "
                                 "studies.tables")
             if not check:
-                write_whole(file, filled(text))
+                write_whole(file, new)
         return 0
 
     return command("tables", call)
