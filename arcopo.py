@@ -103,7 +103,7 @@ class Settings(Training):
     prompts_file: str = option("", "training prompts, one per line [the world's 96]")
     seed: int = option(0, "seed of training, sampling and judging", "[0, 9e18]")
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto is cuda if there is one")
-    precision: str = option("fp32", "or bf16: autocast, rounds more coarsely than the clip range",
+    precision: str = option("fp32", "or bf16: autocast; its rounding exceeds the clip range",
                             "fp32 | bf16")
 
     reward: str = option("ta=1,vq=1,mq=1", "weights of ta, vq, mq (text alignment, visual, motion "
@@ -145,14 +145,13 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, modulation: Tensor, past: Tensor) -> tuple[Tensor, tuple]:
-        """x [N, M, W], modulation [N, 6, W], past [N, 2, heads, tokens, W / heads]
-        -> x, (k, v)."""
+        """x [N, M, W], modulation [N, 6, W], past [N, 2, heads, tokens, W/heads] -> x, (k, v)."""
         N, M, W = x.shape                                               # rows, tokens, width
         table = (modulation + self.table)[:, :, None]
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(1)  # [N, 1, W]
         y = F.layer_norm(x, (W,)) * (1 + scale1) + shift1
         q, k, v = self.qkv(y).view(N, M, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = (F.rms_norm(z, z.shape[-1:]).to(v.dtype) for z in (q, k))    # [N, heads, M, .]
+        q, k = (F.rms_norm(z, z.shape[-1:]).to(v.dtype) for z in (q, k))    # [N, heads, M, W/heads]
         new = k, v
         k, v = (torch.cat([old.to(z.dtype), z], 2) for old, z in zip(past.unbind(1), new))
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5           # [N, heads, M, past + M]
@@ -425,7 +424,7 @@ def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip_range: float) 
     steps, anchors) are averaged. clip_range ε = inf: no clip (the paper's off-policy baseline).
     For one anchor and θ = θ_old, ∂J/∂x^(θ) = 2/(GτD) Σ_i A⁽ⁱ⁾ x⁽ⁱ⁾, with or without the clip.
     """
-    ratio = log_ratio.clamp_max(80).exp()       # below infinity: infinity times 0 is NaN
+    ratio = log_ratio.clamp_max(80).exp()       # finite, as inf · 0 is NaN
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.minimum(ratio * advantages, clipped * advantages).mean()
 
@@ -567,8 +566,8 @@ def update(model: Generator, adapter: Adapter, branches: Fork, rewards: Tensor, 
                 (-term).backward()                                                  # line 9
                 log_ratios.append(log_ratio.detach())
         ratios.append(torch.cat(log_ratios, 1).exp())
-        gradients = [p.grad for p in adapter.parameters() if p.grad is not None]
-        norms.append(nn.utils.get_total_norm([average_(g) for g in gradients]))
+        gradients = [average_(p.grad) for p in adapter.parameters() if p.grad is not None]
+        norms.append(nn.utils.get_total_norm(gradients))
         if torch.isfinite(norms[-1]):
             optimizer.step()
         else:

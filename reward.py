@@ -83,8 +83,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, *arguments):
         args = super().parse_args(*arguments)
-        if [] in vars(args).values():               # argparse makes no value of --
-            self.error("-- is not a value")
+        if any(value == [] != self.get_default(name) for name, value in vars(args).items()):
+            self.error("-- is not a value")         # argparse makes [] of it
         return args
 
 
@@ -1080,8 +1080,8 @@ class WeightedReward:
                 raise
             except (Exception, SystemExit) as error:
                 place = traceback.extract_tb(error.__traceback__)[:2][-1]   # in the function
-                raise UserError(f"--reward {name}: failed at line {place.lineno} of "
-                                f"{place.filename} ({type(error).__name__}: {one_line(error)})"
+                raise UserError(f"--reward {name}: failed ({type(error).__name__}: "
+                                f"{one_line(error)}; line {place.lineno} of {place.filename})"
                                 ) from error
             if value.shape != (len(clips),):
                 raise UserError(f"--reward {name}: returned shape {tuple(value.shape)} for "

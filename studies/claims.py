@@ -41,7 +41,7 @@ RUNS = [  # (claims, run in the CSVs, command; S is the seed, its seeds if they 
     ("C8", "cost", "python -m studies.cost --seed S"),
     ("C3 C6", "recipe", RECIPE),
     *(("C2", "equal rows", SDE.format(policy)) for policy in POLICIES),
-    *(("C2", "equal rows, other times", f"{SDE.format(policy)} --timesteps 1,0.5,0.25,0.1",
+    *(("C2", "equal rows, distilled times", f"{SDE.format(policy)} --timesteps 1,0.5,0.25,0.1",
        (0, 1, 2)) for policy in POLICIES),
     *(("C2", "equal rows, best", f"{SDE.format(policy)} {best}") for policy, best in
       zip(POLICIES, ("--lr 4e-4", "--sde-lr 5e-4 --floor 1e-3"))),
@@ -66,10 +66,6 @@ RUNS = [  # (claims, run in the CSVs, command; S is the seed, its seeds if they 
       for lr in ("2e-4", "4e-4", "1e-3")),
     ("tuning", "tuning recipe", RECIPE, (10, 11)),
 ]
-
-
-def words(text: str) -> tuple[str, ...]:
-    return tuple(shlex.split(text))
 
 
 def read(file: Path) -> list[dict]:
@@ -101,7 +97,7 @@ def summary(rows: list[dict]) -> dict:
             "seconds": median(values("seconds"))}
 
 
-def execute(out: Path, run: str, line: str, seed: int, extra: tuple[str, ...]) -> None:
+def execute(out: Path, run: str, line: str, seed: int, extra: list[str]) -> None:
     """Run one command in a fresh folder, then copy its CSVs to the shared ones."""
     *before, last = line.split(" && ")
     for part in before:
@@ -110,10 +106,10 @@ def execute(out: Path, run: str, line: str, seed: int, extra: tuple[str, ...]) -
     name = "".join(c if c.isalnum() or c in ".-" else "-" for c in f"{run}-{trained(line)}-{seed}")
     folder = out / "runs" / name
     shutil.rmtree(folder, ignore_errors=True)       # what an interrupted run wrote
-    call = [str(seed) if word == "S" else word for word in shlex.split(last)[1:]]
-    call = [sys.executable, *call, "--out", str(folder.absolute()), *extra]
-    print("$", shlex.join(call), flush=True)
-    subprocess.run(call, cwd=HERE.parent, check=True)
+    words = [str(seed) if word == "S" else word for word in shlex.split(last)[1:]]
+    words = [sys.executable, *words, "--out", str(folder.absolute()), *extra]
+    print("$", shlex.join(words), flush=True)
+    subprocess.run(words, cwd=HERE.parent, check=True)
     about = {"run": run, "command": line, "seed": seed}
     if run in STUDIES:
         for row in read(folder / f"{run}.csv"):
@@ -140,7 +136,7 @@ def main(arguments: list | None = None) -> int:
         parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1 [5]")
         parser.add_argument("--out", type=nonempty, default=str(HERE),
                             help="folder of the CSVs [studies]")
-        parser.add_argument("--extra", type=words, default=(),
+        parser.add_argument("--extra", type=shlex.split, default=[],
                             help="settings added to each command")
         args = parser.parse_args(arguments and [str(a) for a in arguments])
         known = {claim for claims, *_ in RUNS for claim in claims.split()}

@@ -28,8 +28,7 @@ class SdeSettings(Settings):
     policy: str = option("gaussian", "gaussian (SDE-GRPO) or contrastive (AR-CoPO, all G anchors)",
                          "gaussian | contrastive")
     sde_lr: float = option(LR, "learning rate of SDE-GRPO", "(0, 1e6]")
-    sde_clip_range: float = option(CLIP_RANGE, "its ε",
-                                   "(0, inf]")
+    sde_clip_range: float = option(CLIP_RANGE, "ε of SDE-GRPO", "(0, inf]")
     reward_noise: float = option(0.0, "deviation of Gaussian noise added to each training reward",
                                  "[0, 1e6]")
 
