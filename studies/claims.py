@@ -41,6 +41,8 @@ RUNS = [  # (claims, run in the CSVs, command; S is the seed, its seeds if they 
     ("C8", "cost", "python -m studies.cost --seed S"),
     ("C3 C6", "recipe", RECIPE),
     *(("C2", "equal rows", SDE.format(policy)) for policy in POLICIES),
+    *(("C2", f"36 rows{name}", ONE.format("on-policy", 60) + f" --anchors 9{rate}")
+      for name, rate in (("", ""), (", best", " --lr 4e-4"))),
     *(("C2", "equal rows, distilled times", f"{SDE.format(policy)} --timesteps 1,0.5,0.25,0.1",
        (0, 1, 2)) for policy in POLICIES),
     *(("C2", "equal rows, best", f"{SDE.format(policy)} {best}") for policy, best in

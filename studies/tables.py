@@ -156,6 +156,8 @@ def baseline() -> str:
              for label, run in ((", shipped", ""), (", best", ", best"), (", noisy", ", noisy"),
                                 (", distilled times",) * 2)
              for method, model in (("AR-CoPO", "on-policy"), ("SDE-GRPO", "sde-grpo"))}
+    names |= {f"AR-CoPO, 36 rows, {label}": (run, "on-policy")
+              for label, run in (("shipped", "36 rows"), ("best", "36 rows, best"))}
     table = [["", "seeds", "Δ reward", "Δ judge", "Δ area", "training reward", "deviation",
               "flat groups", "clipped"]]
     for row, pair in zip(trained(names, (("area", 0),)), names.values()):
