@@ -44,7 +44,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reward import (ASSETS, CHUNKS, CHUNK_FRAMES, COLOURS, HALVES, HELD_OUT_PROMPTS, JUDGED,
+from reward import (ASSETS, CHUNKS, CHUNK_FRAMES, COLOURS, HALVES, JUDGED, JUDGE_PROMPTS,
                     MOTIONS, RANK, SHAPES, SIZE, TRAIN_PROMPTS, TrainingLog, UserError,
                     WeightedReward, attributes, check_gif, check_settings, checksum, choose_device,
                     command, deferred_interrupt, device_name, evaluate, load_buffer, load_reward,
@@ -110,8 +110,10 @@ class Settings(Training):
                          "quality), hps, aesthetic, module:function", paper="VideoAlign's, 1 each")
     clip: str = option("", "open_clip model of ta, vq, mq: ARCH:TAG, ARCH:FILE or a folder, as "
                        "ViT-B-32:laion2b_s34b_b79k [assets/clip]")
-    judge_samples: int = option(8, "clips per held-out prompt in the final table", "[1, 100]")
-    judge_every: int = option(20, "iterations between points of the held-out curve", "[1, 1e6]")
+    judge_prompts: str = option("held-out", "the judged prompts; training (24 of these): to choose "
+                                "settings", " | ".join(JUDGE_PROMPTS))
+    judge_samples: int = option(8, "clips per prompt in the final table", "[1, 100]")
+    judge_every: int = option(20, "iterations between points of the curve", "[1, 1e6]")
 
     __post_init__ = check_settings
 
@@ -680,7 +682,7 @@ def align(name: str, model: Generator, method: Method, groups: Callable, point: 
           record: dict) -> tuple[Adapter, list[dict]]:
     """Train one adapter, from its checkpoint if there is one -> it, and the rows of iterate.
 
-    point() gives the scores of a point of the held-out curve. Writes the adapter with the
+    point() gives the scores of a point of the curve. Writes the adapter with the
     record to folder/NAME, and the files of TrainingLog.
     """
     kind = "buffered" if method.buffered else "explored"    # each kind has its own random numbers
@@ -746,10 +748,10 @@ def sample_batches(model: Generator, prompts: list[str], rng: torch.Generator,
                       for part in parts])
 
 
-def held_out(model: Generator, reward: Callable, size: int, samples: int,
-             *stream: int | str) -> tuple[Tensor, dict[str, Tensor]]:
-    """`samples` clips of each held-out prompt, in batches of size, and their evaluation."""
-    prompts = [prompt for prompt in HELD_OUT_PROMPTS for _ in range(samples)]
+def judged(model: Generator, reward: Callable, prompts: list[str], size: int, samples: int,
+           *stream: int | str) -> tuple[Tensor, dict[str, Tensor]]:
+    """`samples` clips of each prompt, in batches of size, and their evaluation."""
+    prompts = [prompt for prompt in prompts for _ in range(samples)]
     clips = sample_batches(model, prompts, seeded(*stream), size)
     return clips, evaluate(clips, prompts, reward)
 
@@ -825,7 +827,8 @@ def run(settings: Settings, own: dict[str, Method] | None = None,
                       "training prompts": hashed}
     buffer = load_buffer(file, model, about) if settings.buffer or file.exists() else None
     Adapter.new(model, settings.rank, settings.alpha, targets=settings.targets)     # fails early
-    judge_model = partial(held_out, model, reward, settings.micro)
+    judge_model = partial(judged, model, reward, JUDGE_PROMPTS[settings.judge_prompts],
+                          settings.micro)
     point = lambda: judge_model(min(2, settings.judge_samples), settings.seed, "curve")[1]
     with run_folder(folder, settings, record | {"device": device_name(model.device),
                                                 "prompts": hashed,
@@ -849,7 +852,7 @@ def run(settings: Settings, own: dict[str, Method] | None = None,
             models[chosen].save(folder / "merged", record | {"method": f"merged, {chosen}", "step":
                                 settings.steps, "steps": settings.steps, "seed": settings.seed})
         columns = ["reward", *reward.functions, *JUDGED]
-        write_report(folder, columns, chosen, clips, results,
+        write_report(folder, columns, chosen, clips, results, settings.judge_prompts,
                      f"{trained / 60:.1f} minutes to load and train on {model.device} "
                      f"({settings.precision}), {(time.perf_counter() - began) / 60:.1f} in all.")
     return report_not_finite(rows, results, columns)

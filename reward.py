@@ -119,7 +119,7 @@ def check_options(settings) -> None:
         elif valid == "regex":
             with user_error(f"{flag(f.name)} {value}: not a regular expression"):
                 re.compile(value)
-        elif valid and value not in ("", *valid.split(" | ")):
+        elif valid and value not in (f.default, *valid.split(" | ")):
             raise UserError(f"{flag(f.name)} {value}: must be one of {valid}")
 
 
@@ -518,7 +518,7 @@ class TrainingLog:
         recent = [row["reward"] for row in self.rows[-10:]]
         self.bar.set_postfix({"reward": f"{sum(recent) / len(recent):+.2f}",
                               "clipped": f"{row['clip_fraction']:.0%}",
-                              "held-out reward": f"{self.curve[-1]['reward']:+.2f}"})
+                              "judged reward": f"{self.curve[-1]['reward']:+.2f}"})
 
     def add_point(self, step: int, scores: dict[str, Tensor]) -> None:
         self.curve.append({"step": step} | {key: x.mean().item() for key, x in scores.items()})
@@ -676,6 +676,8 @@ def prompt_of(colour: int, shape: int, motion: int) -> str:
 # Nothing is ever trained on a held-out combination: not the base, not the CLIP, not an adapter.
 TRAIN_PROMPTS = [prompt_of(*t) for t in TRIPLES if sum(t) % 5 != 0]         # 96
 HELD_OUT_PROMPTS = [prompt_of(*t) for t in TRIPLES if sum(t) % 5 == 0]      # 24
+JUDGE_PROMPTS = {"held-out": HELD_OUT_PROMPTS,
+                 "training": [prompt_of(*t) for t in TRIPLES if sum(t) % 5 == 1]}
 
 
 def attributes(prompts: list[str]) -> Tensor:
@@ -1184,11 +1186,11 @@ def report_not_finite(rows: list[dict], results: dict[str, dict[str, Tensor]],
 
 
 def write_report(folder: Path, columns: list[str], chosen: str, clips: dict[str, Tensor],
-                 results: dict[str, dict[str, Tensor]], duration: str) -> None:
+                 results: dict[str, dict[str, Tensor]], judged_on: str, duration: str) -> None:
     """Write judged.csv, report.md (also printed) and models.gif.
 
     clips and results (what evaluate returns) of the base and the trained models, by name; clips
-    are those of HELD_OUT_PROMPTS, the same number of each."""
+    are those of JUDGE_PROMPTS[judged_on], the same number of each."""
     rows, base, judged = [["model", *columns, "Δ reward", "Δ judge"]], results["base"], []
     for name, scores in results.items():
         means = {column: scores[column].mean().item() for column in columns}
@@ -1197,9 +1199,9 @@ def write_report(folder: Path, columns: list[str], chosen: str, clips: dict[str,
         rows.append([name + " *" * (name == chosen), *(f"{mean:.3f}" for mean in means.values()),
                      *(f"{d.mean():+.3f} ± {d.std() / len(d) ** 0.5:.3f}" for d in change)])
     shown = [name for name in results if name == chosen or not name.startswith("s = ")]
-    samples = len(clips["base"]) // len(HELD_OUT_PROMPTS)
-    prompts = zip(HELD_OUT_PROMPTS[::6], HELD_OUT_PROMPTS[3::6])
-    parts = [f"{samples} clips of each of {len(HELD_OUT_PROMPTS)} held-out prompts, the same noise "
+    prompts = JUDGE_PROMPTS[judged_on]
+    samples = len(clips["base"]) // len(prompts)
+    parts = [f"{samples} clips of each of {len(prompts)} {judged_on} prompts, the same noise "
              "for all models; Δ: change from the base ± standard error over prompts; area in px², "
              "displacement and spread in px.", markdown(rows)]
     if chosen:
@@ -1208,7 +1210,8 @@ def write_report(folder: Path, columns: list[str], chosen: str, clips: dict[str,
                                "the largest s that improves both reward and judge over the base"))
     parts += ["NAME-curve.csv: the same columns along training, on fewer clips with other noise.",
               f"models.gif: {', '.join(shown)}; prompts by row:",
-              "\n".join(f"- {left}; {right}" for left, right in prompts), duration]
+              "\n".join(f"- {left}; {right}" for left, right in zip(prompts[::6], prompts[3::6])),
+              duration]
     report = "\n\n".join(parts) + "\n"
     write_rows(folder / "judged.csv", judged)
     write_whole(folder / "report.md", report)

@@ -99,6 +99,12 @@ def test_split_is_fixed_and_disjoint():
         for word in words:
             assert any(word in p for p in TRAIN_PROMPTS) and any(word in p
                                                                  for p in HELD_OUT_PROMPTS)
+    validation = reward.JUDGE_PROMPTS["training"]          # as balanced as those held out
+    assert set(validation) <= set(TRAIN_PROMPTS)
+    for words in (reward.COLOURS, reward.SHAPES):
+        for word in words:
+            one, other = (sum(word in p for p in part) for part in (validation, HELD_OUT_PROMPTS))
+            assert one == other
 
 
 def test_judge_is_near_perfect_on_the_sharp_world():
@@ -1548,6 +1554,25 @@ def test_script_runs_the_recipe_and_samples_from_its_adapter(tmp_path, tiny_base
     assert left(tmp_path / "again") == LEFT | {"semi.csv", "semi-curve.csv", "semi"}
 
 
+def test_settings_can_be_chosen_on_training_prompts(tmp_path, tiny_base, capsys):
+    """--judge-prompts changes what is judged, not what is trained."""
+    for name in reward.JUDGE_PROMPTS:
+        assert arcopo.main(["--steps", 1, "--method", "on-policy", "--judge-prompts", name,
+                            "--base", tiny_base, "--out", tmp_path / name, *TINY]) == 0
+        assert f"24 {name} prompts" in capsys.readouterr().out
+    held_out, training = (tmp_path / name for name in ("held-out", "training"))
+    one, other = (load_file(folder / "on-policy" / "adapter_model.safetensors")
+                  for folder in (held_out, training))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    model = arcopo.load_generator(tiny_base)
+    prompts = [prompt for prompt in reward.JUDGE_PROMPTS["training"] for _ in range(2)]
+    clips = sample_batches(model, prompts, seeded(0, "judging"), 0)
+    expected = judge(clips, prompts)["area"].mean().item()
+    found, other = (float(read(folder / "judged.csv")[0]["area"]) for folder in
+                    (training, held_out))
+    assert math.isclose(found, expected, rel_tol=1e-3) and found != other
+
+
 def test_compare_judges_every_adapter():
     model = tiny()
     adapters = {name: Adapter.new(model, 2, 2.0, seeded(0, name)) for name in arcopo.METHODS}
@@ -1884,7 +1909,7 @@ def test_the_cost_study_counts_every_part(tmp_path, tiny_base, capsys, monkeypat
     rows = {row["part"]: row for row in read(tmp_path / "run" / "cost.csv")}
     assert len(rows) == 3 * CHUNKS + 7 + 2 + 3
     assert all(float(row["operations"]) > 0 for name, row in rows.items() if name != "prefix 1")
-    assert "of what their matrix products reach" in capsys.readouterr().out
+    assert "| share reached" in capsys.readouterr().out
     model, predicted = arcopo.load_generator(tiny_base), [0]
     plain = model.forward
 
@@ -1900,6 +1925,31 @@ def test_the_cost_study_counts_every_part(tmp_path, tiny_base, capsys, monkeypat
         call()
         if name in counted:
             assert predicted[0] == counted[name], name
+
+
+def test_the_durations_study_runs_the_commands_of_the_readme(tmp_path, monkeypatch):
+    from studies import durations
+
+    called = []
+
+    def call(words):
+        called.append(words)
+        out = Path(words[words.index("--out") + 1]) if "--out" in words else tmp_path / "none"
+        out.mkdir(exist_ok=True)
+        (out / "buffer.safetensors").write_bytes(bytes(2_000_000))
+        for stage, seconds in (("teacher", 3), ("student", 5)):
+            reward.write_rows(out / f"{stage}.csv", [{"seconds": seconds}] * 2)
+        return 1.5
+
+    monkeypatch.setattr(durations, "run", call)
+    assert durations.main(["--out", tmp_path / "run"]) == 0
+    assert [words[: words.index("--out") if "--out" in words else None] for words in called[:3]] == [
+        ["python", "arcopo.py", "--steps", "100"], ["pytest"],
+        "python arcopo.py --steps 2 --judge-samples 1 --buffer-groups 4".split()]
+    rows = {row["what"]: row for row in read(tmp_path / "run" / "durations.csv")}
+    assert rows["the recipe"]["value"] == "1.5" and float(rows["the recipe's buffer"]["value"]) == 2
+    assert rows["student, bf16"]["value"] == "5.0" and float(rows["`assets/`"]["value"]) > 20
+    assert durations.main(["--out", tmp_path / "run"]) == 2             # it is not empty
 
 
 def test_studies_run_as_modules(tmp_path):
@@ -2340,7 +2390,7 @@ def test_a_full_disk_leaves_whole_files(tmp_path, tiny_base, monkeypatch, capsys
     model, clips = tiny(), make_clips(HELD_OUT_PROMPTS, seeded(0))
     adapter, buffer = Adapter.new(model, 2, 2.0), tiny_buffer(model, 1)
     scores = reward.evaluate(clips, HELD_OUT_PROMPTS, brightness)
-    report = ["reward"], "", {"base": clips}, {"base": scores}, "0 minutes"
+    report = ["reward"], "", {"base": clips}, {"base": scores}, "held-out", "0 minutes"
     optimizer = torch.optim.AdamW(adapter.parameters())
     writers = {
         "rows.csv": lambda file: reward.append_row(file, {"a": 1, "b": 2}),
@@ -2457,10 +2507,14 @@ def test_the_tables_of_readme_and_evidence_are_those_of_the_csvs(tmp_path, monke
     readme = tmp_path / "README.md"
     for text in ((HERE / "README.md").read_text(), (HERE / "studies/EVIDENCE.md").read_text()):
         readme.write_text(text)
-        (name, table), *_ = re.findall(r"<!-- (\w+) -->\n(.*?)<!-- end -->", text, re.DOTALL)
-        number = re.search(r"\d\.\d+", table)[0]
-        changed = table.replace(number, f"{float(number) + 1:.{len(number) - 2}f}")
-        readme.write_text(text.replace(table, changed))
+        # the last digit of each table or number
+        changed = re.sub(r"\d(?=\D*<!-- end -->)", lambda match: str(9 - int(match[0])), text)
+        blocks = re.compile(r"<!-- \w+ -->.*?<!-- end -->", re.DOTALL)
+        pairs = list(zip(blocks.findall(text), blocks.findall(changed)))
+        assert len(pairs) == text.count("<!-- end -->") and all(a != b for a, b in pairs)
+        for before, after in pairs:
+            assert tables.filled(text.replace(before, after)) == text
+        readme.write_text(changed)
         monkeypatch.setattr(tables, "FILES", (readme,))
         assert tables.main(["--check"]) == 2
         assert tables.main([]) == 0 and readme.read_text() == text

@@ -3,7 +3,8 @@
 Appends to results.csv (the final table of each run), curves.csv (held-out curves), training.csv (a
 summary of the training metrics), base.csv, entropy.csv and cost.csv in --out, by default this
 folder. What is there already is not run again. "base" is what EVIDENCE.md says of the world and the
-base, "tuning" the search for settings, "factors" changes one setting at a time.
+base, "tuning" the search for settings, "factors" changes one setting at a time, "durations" times
+the commands of the README.
 """
 
 import csv
@@ -19,16 +20,17 @@ from reward import Parser, UserError, append_row, check_folder, command, nonempt
 HERE = Path(__file__).resolve().parent
 SECOND = "runs/second-base"
 PRETRAIN = ("python -m studies.pretrain --seed 1 --teacher-steps 1300 --student-steps 320 "
-            f"--out {SECOND}")                      # about 40 minutes on 2 cores
+            f"--out {SECOND}")
 ONE = "python arcopo.py --method {} --seed S --steps {}"
 TA = ONE + " --reward ta=1 --judge-every 10"
 SDE = "python -m studies.sde_grpo --seed S --steps 60 --policy {}"
+TUNING = "--judge-prompts training"     # with seed 10: neither is reported
 POLICIES = "contrastive", "gaussian"
 RECIPE = "python arcopo.py --seed S --steps 100 --sweep 0.2,0.4,0.6,0.8,1,1.5,2"
 FACTORS = ("", "--sigma 0.25", "--sigma 1", "--group 6", "--group 24", "--anchors 1",
            "--anchors 12", "--clip-range 1e-5", "--clip-range 1e-3", "--clip-range inf",
            "--updates 1", "--updates 4")
-STUDIES = "base", "entropy", "cost"     # each has a CSV of its own, of this name
+STUDIES = "base", "entropy", "cost", "durations"    # each has a CSV of its own, of this name
 RUNS = [  # (claims, run in the CSVs, command; S is the seed, its seeds if they are fixed)
     ("base", "base", "python -m studies.base --seed S"),
     ("base", "area, VQ alone", ONE.format("on-policy", 40) + " --reward vq=1", (0, 1)),
@@ -43,8 +45,8 @@ RUNS = [  # (claims, run in the CSVs, command; S is the seed, its seeds if they 
     *(("C2", "equal rows", SDE.format(policy)) for policy in POLICIES),
     *(("C2", f"36 rows{name}", ONE.format("on-policy", 60) + f" --anchors 9{rate}")
       for name, rate in (("", ""), (", best", " --lr 4e-4"))),
-    *(("C2", "equal rows, distilled times", f"{SDE.format(policy)} --timesteps 1,0.5,0.25,0.1",
-       (0, 1, 2)) for policy in POLICIES),
+    *(("C2", "equal rows, distilled times", f"{SDE.format(policy)} --timesteps 1,0.5,0.25,0.1")
+      for policy in POLICIES),
     *(("C2", "equal rows, best", f"{SDE.format(policy)} {best}") for policy, best in
       zip(POLICIES, ("--lr 4e-4", "--sde-lr 5e-4 --floor 1e-3"))),
     *(("C4 C5", "ta", TA.format(method, 100)) for method in ("on-policy", "semi", "off-policy")),
@@ -57,16 +59,16 @@ RUNS = [  # (claims, run in the CSVs, command; S is the seed, its seeds if they 
       for policy in POLICIES),
     *(("factors", f"factors {change}".strip(), f"{ONE.format('on-policy', 40)} {change}".strip(),
        (0, 1)) for change in FACTORS),
-    *(("tuning", f"tuning {lr}", SDE.format("contrastive") + f" --lr {lr}", (10,))
+    *(("tuning", f"tuning {lr}", f"{SDE.format('contrastive')} --lr {lr} {TUNING}", (10,))
       for lr in ("5e-5", "1e-4", "2e-4", "4e-4", "1e-3")),
-    *(("tuning", f"tuning {change}", SDE.format("gaussian") + f" {change}", (10,))
+    *(("tuning", f"tuning {change}", f"{SDE.format('gaussian')} {change} {TUNING}", (10,))
       for change in ("--sde-lr 2e-4", "--sde-lr 5e-4", "--sde-lr 1e-3",
                      "--sde-lr 5e-4 --sde-clip-range 4e-6", "--sde-lr 2e-4 --floor 1e-3",
                      "--sde-lr 5e-4 --floor 1e-3",
                      "--sde-lr 1e-3 --floor 1e-3")),
-    *(("tuning", f"tuning buffer {lr}", ONE.format("semi", 100) + f" --buffer-lr {lr}", (10,))
-      for lr in ("2e-4", "4e-4", "1e-3")),
-    ("tuning", "tuning recipe", RECIPE, (10, 11)),
+    *(("tuning", f"tuning buffer {lr}", f"{ONE.format('semi', 100)} --buffer-lr {lr} {TUNING}",
+       (10,)) for lr in ("2e-4", "4e-4", "1e-3")),
+    ("durations", "durations", "python -m studies.durations", (0,)),
 ]
 
 
@@ -134,7 +136,7 @@ def main(arguments: list | None = None) -> int:
     def call() -> int:
         parser = Parser(__doc__.split("\n\n")[0])
         parser.add_argument("claims", nargs="+", metavar="CLAIM",
-                            help="base, C1 ... C8, factors, tuning")
+                            help="base, C1 ... C8, factors, tuning, durations")
         parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1 [5]")
         parser.add_argument("--out", type=nonempty, default=str(HERE),
                             help="folder of the CSVs [studies]")

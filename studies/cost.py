@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -196,7 +197,7 @@ def counted_in(call: Callable) -> dict[str, float]:
 
 def study(settings) -> int:
     unused = "resume steps save_every targets prompts_file buffer_groups buffer_lr buffer_reward"
-    unused += " sweep judge_samples judge_every method sample buffer"
+    unused += " sweep judge_prompts judge_samples judge_every method sample buffer"
     check_unused(settings, unused.split(), "this study")
     folder = Path(settings.out or time.strftime("runs/cost-%Y%m%d-%H%M%S"))
     check_folder(folder, new=True)
@@ -236,56 +237,77 @@ def study(settings) -> int:
                      "seconds": took, "counted": count, "operations": found["operations"] / 2,
                      "megabytes": found["megabytes"]})
     write_rows(folder / "cost.csv", rows)
-    print(report(rows, L) + f"\n\nwrote {folder}/cost.csv")
+    print(report([rows], L) + f"\n\nwrote {folder}/cost.csv")
     return 0
 
 
-def iterations(rows: list[dict], L: int) -> dict[str, float]:
-    """Seconds of an iteration by method, from the rows of cost.csv: a fork (mean over pivots; that
-    of SDE-GRPO is the same work), the reward and the updates."""
-    seconds = {row["part"]: row["seconds"] for row in rows}
-    number = lambda *parts: mean(float(seconds[part]) for part in parts)
-    every = lambda part: number(*(f"{part} {p + 1}" for p in range(L)))
-    updates = {"AR-CoPO": every("update"), "AR-CoPO, all anchors": number("update, all anchors"),
-               "SDE-GRPO": number("SDE-GRPO, update")}
-    return {name: every("fork") + number("reward") + took for name, took in updates.items()}
+def by_seed(rows: list[dict]) -> list[list[dict]]:
+    """The runs in rows of studies/cost.csv."""
+    runs = {}
+    for row in rows:
+        runs.setdefault(row["seed"], []).append(row)
+    return [*runs.values()]
 
 
-def report(rows: list[dict], L: int) -> str:
-    """Tables in Markdown from the rows of cost.csv."""
-    by = {row["part"]: row for row in rows}
-    number = lambda name, column="seconds": float(by[name][column])
-    average = lambda part, column: mean(number(f"{part} {p + 1}", column) for p in range(L))
+def column(runs: list[list[dict]], part: str, name: str = "seconds") -> np.ndarray:
+    """What each run measured of a part: [runs]."""
+    return np.array([float(row[name]) for rows in runs for row in rows if row["part"] == part])
+
+
+def iterations(runs: list[list[dict]], L: int) -> dict[str, np.ndarray]:
+    """Seconds of an iteration by method, [runs] each, from the rows of cost.csv: a fork (mean over
+    pivots; that of SDE-GRPO is the same work), the reward and the updates."""
+    seconds = lambda part: column(runs, part)
+    every = lambda part: np.mean([seconds(f"{part} {p + 1}") for p in range(L)], 0)
+    updates = {"AR-CoPO": every("update"), "AR-CoPO, all anchors": seconds("update, all anchors"),
+               "SDE-GRPO": seconds("SDE-GRPO, update")}
+    return {name: every("fork") + seconds("reward") + took for name, took in updates.items()}
+
+
+def spread(values, digits: int, sign: str = "") -> str:
+    """Mean ± standard deviation; a single value alone."""
+    text = f"{np.mean(values):{sign}.{digits}f}"
+    return text + f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
+
+
+def report(runs: list[list[dict]], L: int) -> str:
+    """Tables in Markdown from the rows of cost.csv of one or more runs."""
+    parts = [row["part"] for row in runs[0]]
+    number = lambda part, name="seconds": column(runs, part, name)
+    average = lambda part, name: np.mean([number(f"{part} {p + 1}", name) for p in range(L)], 0)
     table = [["part", "seconds", "10⁹ operations", "peak MB"]]
-    table += [[name, f"{number(name):.3f}", f"{number(name, 'operations') / 1e9:.1f}",
-               f"{number(name, 'megabytes'):.0f}"]
-              for name in by if by[name]["seconds"] != "" and not name.startswith("iteration")]
+    table += [[part, spread(number(part), 3), f"{number(part, 'operations')[0] / 1e9:.1f}",
+               f"{number(part, 'megabytes')[0]:.0f}"]
+              for part in parts if not part.startswith(("operations", "iteration"))]
     ratios = [["ratio", "measured", "counted"]]
     for title, above, below in (
-            ("fork (mean over pivots) / independent rollouts", "fork", "independent rollouts"),
-            ("all branches, whole clip / update", "all branches, whole clip", "update"),
-            ("uncached / cached rollouts", "uncached rollouts", "independent rollouts")):
-        found = [(average(above, c) if above == "fork" else number(above, c))
-                 / (average(below, c) if below == "update" else number(below, c))
-                 for c in ("seconds", "counted")]
-        ratios.append([title, *(f"{x:.2f}" for x in found)])
-    whole = [(number("independent rollouts", c) + number("all branches, whole clip", c))
-             / (average("fork", c) + average("update", c)) for c in ("seconds", "counted")]
-    ratios.append(["sequence-level GRPO / an iteration", *(f"{x:.2f}" for x in whole)])
+            ("fork (mean over pivots) / independent rollouts",
+             lambda c: average("fork", c), lambda c: number("independent rollouts", c)),
+            ("all branches, whole clip / update",
+             lambda c: number("all branches, whole clip", c), lambda c: average("update", c)),
+            ("uncached / cached rollouts",
+             lambda c: number("uncached rollouts", c), lambda c: number("independent rollouts", c)),
+            ("sequence-level GRPO / an iteration",
+             lambda c: number("independent rollouts", c) + number("all branches, whole clip", c),
+             lambda c: average("fork", c) + average("update", c))):
+        measured, counted = (above(c) / below(c) for c in ("seconds", "counted"))
+        ratios.append([title, spread(measured, 2), f"{counted[0]:.2f}"])
     by_method = [["iteration of", "seconds"]]
-    by_method += [[name, f"{took:.2f}"] for name, took in iterations(rows, L).items()]
+    by_method += [[name, spread(took, 2)] for name, took in iterations(runs, L).items()]
     scales = [["iteration with", "seconds", "measured ratio", "counted ratio"]]
-    for name in by:
-        if name.startswith("iteration"):
-            column = "operations" if "width" in name else "counted"
-            scales.append([name[11:] or "the defaults", f"{number(name):.2f}",
-                           f"{number(name) / number('iteration'):.2f}",
-                           f"{number(name, column) / number('iteration', column):.2f}"])
+    for part in parts:
+        if part.startswith("iteration"):
+            name = "operations" if "width" in part else "counted"
+            scales.append([part[11:] or "the defaults", spread(number(part), 2),
+                           spread(number(part) / number("iteration"), 2),
+                           f"{(number(part, name) / number('iteration', name))[0]:.2f}"])
     fast, top = (number(f"operations per second, {what}", "operations")
                  for what in ("fork 1 and update 1", "their matrix products alone"))
-    return "\n\n".join([markdown(table), markdown(ratios), markdown(by_method), markdown(scales),
-                        f"Fork 1 and update 1 reach {fast / 1e9:.0f} · 10⁹ operations per second,\n"
-                        f"{fast / top:.0%} of what their matrix products reach alone."])
+    speed = [["fork 1 and update 1", "10⁹ operations per second"],
+             ["reached", spread(fast / 1e9, 0)],
+             ["their matrix products alone", spread(top / 1e9, 0)],
+             ["share reached", spread(fast / top, 2)]]
+    return "\n\n".join(markdown(rows) for rows in (table, ratios, by_method, scales, speed))
 
 
 def main(arguments: list | None = None) -> int:

@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from reward import Parser, check_folder, command, nonempty
-from studies.cost import iterations
+from studies.cost import by_seed, iterations
 
 HERE = Path(__file__).resolve().parent
 TITLES = {"reward": "reward", "judge": "judge", "area": "shape area, px²",
@@ -75,7 +75,7 @@ TRAININGS = {  # label: run and training in curves.csv, iteration in cost.csv
 def curves():
     """C2, and reward against judge along training."""
     figure, plots = plt.subplots(1, 4, figsize=(15, 3.5))
-    seconds = iterations([row for row in read("cost.csv") if row["seed"] == "0"], 4)
+    seconds = {name: mean(took) for name, took in iterations(by_seed(read("cost.csv")), 4).items()}
     for label, (run, training, iteration) in TRAININGS.items():
         rows = read("curves.csv", run=run, training=training)
         for axes, column in zip(plots, ("reward", "judge")):

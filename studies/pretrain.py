@@ -3,10 +3,11 @@
 Stage 1, teacher.safetensors: flow matching with teacher forcing. Stage 2, base.safetensors: the
 teacher's ODE distilled to a few-step consistency model, along the student's own sampler path and
 half behind its own chunks (in place of Self-Forcing's DMD loss). Both end as a moving average of
-the weights. It takes 1.5 hours on one core with bf16 instructions. An interrupted run resumes.
+the weights. EVIDENCE.md says how long it takes. An interrupted run resumes.
 """
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,13 +138,15 @@ def fit(stage: str, model: Generator, loss_of: Callable, steps: int, lr: float, 
             optimizer.load_state_dict({"state": state, "param_groups": groups})
     bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps, unit="step")
     for step in bar:
+        began = time.perf_counter()
         loss = loss_of(model, args.batch, seeded(args.seed, stage, step))
         model.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         step_with(optimizers, lr * min(1, (step + 1) / 50, 2 * (1 - step / steps)))
         average.update_parameters(model)
-        row = {"step": step + 1, "loss": loss.item(), "grad_norm": norm.item()}
+        row = {"step": step + 1, "loss": loss.item(), "grad_norm": norm.item(),
+               "seconds": time.perf_counter() - began}
         append_row(folder / f"{stage}.csv", row)
         bar.set_postfix(loss=f"{row['loss']:.4f}", grad=f"{row['grad_norm']:.2f}")
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:

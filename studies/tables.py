@@ -1,18 +1,19 @@
 """Every number of README.md and EVIDENCE.md, from the CSVs here: python -m studies.tables
 
-Writes each table between its two comments, <!-- NAME --> and <!-- end -->. --check only compares.
-± is the standard deviation over seeds; a change is from the base of the same seed.
+Writes each table or number between its two comments, <!-- NAME --> and <!-- end -->. --check only
+compares. ± is the standard deviation over seeds; a change is from the base of the same seed.
 """
 
 import re
 import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from reward import Parser, UserError, command, markdown, write_whole
-from studies.claims import read
 from studies.base import SCORES
-from studies.cost import report
+from studies.claims import PRETRAIN, TUNING, read
+from studies.cost import by_seed, report, spread
+from studies.pretrain import COUNTS
 
 HERE = Path(__file__).resolve().parent
 FILES = HERE.parent / "README.md", HERE / "EVIDENCE.md"
@@ -24,11 +25,6 @@ def rows_of(file: str, **wanted: str) -> list[dict]:
     if not found:
         raise UserError(f"{HERE / file}: no rows with {wanted}; run python -m studies.claims")
     return found
-
-
-def spread(values: list[float], digits: int, sign: str = "") -> str:
-    text = f"{mean(values):{sign}.{digits}f}"
-    return text + f" ± {stdev(values):.{digits}f}" if len(values) > 1 else text
 
 
 def column(rows: list[dict], name: str) -> dict[str, float]:
@@ -64,12 +60,35 @@ def bases() -> str:
     """The generators before alignment."""
     table = [["", "all right", "visual", "motion quality", "judge", "area, px²"]]
     runs = {"teacher": "flow", "base": "recipe", "base, distilled times":
-            "equal rows, distilled times", "after 40 minutes": "second base"}
+            "equal rows, distilled times", "second base": "second base"}
     for label, run in runs.items():
         rows = rows_of("results.csv", run=run, model="base")
         table.append([label, *(spread(list(column(rows, name).values()), digits) for name, digits in
                                (("all_right", 2), ("visual", 2), ("motion_quality", 2),
                                 ("judge", 2), ("area", 0)))])
+    return markdown(table)
+
+
+def durations() -> str:
+    """What the commands of the README take."""
+    table = [["alone on 2 cores of an Intel Xeon", ""]]
+    for row in rows_of("durations.csv"):
+        if row["unit"] != "seconds a step":
+            digits = 0 if row["unit"] == "MB" else 1
+            table.append([row["what"], f"{float(row['value']):,.{digits}f} {row['unit']}"])
+    return markdown(table)
+
+
+def pretraining() -> str:
+    """What pre-training takes, from the seconds of a step."""
+    table = [["", "steps, teacher", "steps, student", "minutes in fp32", "minutes in bf16"]]
+    shipped = [COUNTS[f"{stage}_steps"][0] for stage in ("teacher", "student")]
+    second = [int(n) for n in re.findall(r"-steps (\d+)", PRETRAIN)]
+    for label, steps in (("base", shipped), ("second base", second)):
+        seconds = [sum(n * float(rows_of("durations.csv", what=f"{stage}, {p}")[0]["value"])
+                       for stage, n in zip(("teacher", "student"), steps))
+                   for p in ("fp32", "bf16")]
+        table.append([label, *(f"{n:,}" for n in steps), *(f"{s / 60:.0f}" for s in seconds)])
     return markdown(table)
 
 
@@ -117,20 +136,49 @@ def recipe() -> str:
     return markdown(table)
 
 
-def entropy() -> str:
-    """C1: deviation of the pivot chunk by the initial noise over that by one solver noise."""
-    table = [["sampler's times", "solver noise", *(f"pivot {p}" for p in range(1, 5))]]
+SHIPPED, DISTILLED = "1,0.1,0.05,0.02 (shipped)", "1,0.5,0.25,0.1"
+
+
+def noise_ratios() -> dict[tuple, list[float]]:
+    """C1: {(times, solver noise, pivot): deviation of the pivot chunk by the initial noise over
+    that by this solver noise, for each seed}."""
+    found = {}
     for line in dict.fromkeys(row["command"] for row in rows_of("entropy.csv")):
-        times = line.partition("--timesteps ")[2] or "1,0.1,0.05,0.02 (shipped)"
-        find = lambda source, p: column(rows_of("entropy.csv", command=line, source=source,
-                                                pivot=str(p)), "pivot_chunk")
+        for p in range(1, 5):
+            find = lambda source: column(rows_of("entropy.csv", command=line, source=source,
+                                                 pivot=str(p)), "pivot_chunk")
+            initial = find("initial noise")
+            for i in (1, 2, 3):
+                found[line.partition("--timesteps ")[2] or SHIPPED, i, p] = [
+                    initial[seed] / value for seed, value in find(f"solver noise {i}").items()]
+    return found
+
+
+def entropy() -> str:
+    """C1."""
+    ratios = noise_ratios()
+    table = [["sampler's times", "solver noise", *(f"pivot {p}" for p in range(1, 5))]]
+    for times in dict.fromkeys(times for times, *_ in ratios):
         for i in (1, 2, 3):
-            cells = []
-            for p in range(1, 5):
-                initial, solver = find("initial noise", p), find(f"solver noise {i}", p)
-                cells.append(spread([initial[s] / solver[s] for s in solver], 1))
-            table.append([times if i == 1 else "", str(i), *cells])
+            table.append([times if i == 1 else "", str(i),
+                          *(spread(ratios[times, i, p], 1) for p in range(1, 5))])
     return markdown(table)
+
+
+def least_ratio() -> str:
+    """C1: the smallest ratio at the shipped times, rounded down."""
+    return str(int(min(mean(x) for (times, *_), x in noise_ratios().items() if times == SHIPPED)))
+
+
+def distilled_ratios() -> str:
+    """C1: the ratios to the first solver noise at the times of the distillation."""
+    found = [mean(x) for (times, i, _), x in noise_ratios().items() if (times, i) == (DISTILLED, 1)]
+    return f"{min(found):.0f} to {max(found):.0f}"
+
+
+def first_text() -> str:
+    """C4: the judge's text of the base."""
+    return f"{mean(column(rows_of('results.csv', run='ta', model='base'), 'text').values()):.2f}"
 
 
 def trained(names: dict[str, tuple], more: tuple = ()) -> list[list[str]]:
@@ -205,6 +253,22 @@ def text_alone() -> str:
     return markdown([header, *trained(TA_ALONE, more)])
 
 
+def collapse() -> str:
+    """C5: without the clip, by seed."""
+    curves = {seed: rows_of("curves.csv", run="ta", training="off-policy", seed=seed)
+              for seed in column(rows_of("results.csv", run="ta", model="off-policy"), "ta")}
+    table = [["", *(f"seed {seed}" for seed in curves)]]
+    for name in ("ta", "text", "judge"):
+        before, after = (column(rows_of("results.csv", run="ta", model=model), name)
+                         for model in ("base", "off-policy"))
+        kept = [f"{after[seed] / before[seed]:.0%}" for seed in curves]
+        table.append([f"{name.replace('ta', 'TA')} left, of the base's", *kept])
+    first = lambda rows: next((row["step"] for row in rows if float(rows[0]["judge"])
+                               - float(row["judge"]) > 0.05), "never")
+    table.append(["iteration with 0.05 less of the judge", *map(first, curves.values())])
+    return markdown(table)
+
+
 def others() -> str:
     """C7."""
     names = {"flow matching": ("flow", "on-policy"), "second base": ("second base", "on-policy")}
@@ -213,9 +277,8 @@ def others() -> str:
 
 
 def cost() -> str:
-    """C8, of the first seed."""
-    rows = rows_of("cost.csv")
-    return report([row for row in rows if row["seed"] == rows[0]["seed"]], 4)
+    """C8."""
+    return report(by_seed(rows_of("cost.csv")), 4)
 
 
 def factors() -> str:
@@ -236,22 +299,23 @@ def tuning() -> str:
                 for row in rows_of("training.csv") if row["run"].startswith("tuning")}
     for pair, line in commands.items():
         seeds, *cells = trained({"": pair}, (("ta", 4),))[0][1:]
-        line = f"`{line.replace('--seed S ', '').removeprefix('python ')}`"
-        line += f": {pair[1]}" * (pair[0] == "tuning recipe")       # it has two trainings
-        table.append([line, seeds, training(*pair, "last_reward", 2), *cells,
+        line = line.replace("--seed S ", "").removeprefix("python ").removesuffix(f" {TUNING}")
+        table.append([f"`{line}`", seeds, training(*pair, "last_reward", 2), *cells,
                       training(*pair, "clip_fraction", 2)])
     return markdown(table)
 
 
-TABLES = {f.__name__: f for f in (readme, world, bases, pivots, area, recipe, entropy, baseline,
-                                  at_equal_ta, text_alone, others, cost, factors, tuning)}
+TABLES = {f.__name__: f for f in (
+    readme, durations, world, bases, pretraining, pivots, area, tuning, entropy, least_ratio,
+    distilled_ratios, baseline, recipe, text_alone, at_equal_ta, first_text, collapse, others, cost,
+    factors)}
 
 
 def filled(text: str) -> str:
-    """The text of a file with new tables."""
-    def table(match: re.Match) -> str:
-        return f"<!-- {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
-    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+    """The text of a file with new tables and numbers."""
+    def new(match: re.Match) -> str:
+        return f"<!-- {match[1]} -->{match[2]}{TABLES[match[1]]()}{match[2]}<!-- end -->"
+    return re.sub(r"<!-- (\w+) -->(\n?).*?<!-- end -->", new, text, flags=re.DOTALL)
 
 
 def main(arguments: list | None = None) -> int:
