@@ -71,8 +71,8 @@ class Training:
     updates: int = option(2, "policy updates per iteration", "[1, 100]", "2")
     prompts: int = option(4, "prompts P per iteration", "[1, 1000]", "1 on each of 24 GPUs")
     clip_range: float = option(1e-4, "ε of the ratio clip (Eq. 3); inf: none", "(0, inf]", "1e-4")
-    tau: float = option(0.03, "temperature τ₀ (Eq. 5) for squared distances averaged over a "
-                        "chunk's D elements; for the paper's sum it is D τ₀", "(0, 1e6]")
+    tau: float = option(0.03, "temperature τ (Eq. 5) of squared distances averaged over a chunk's "
+                        "D elements; the paper's, of their sum, is D times this", "(0, 1e6]")
     quasi_norm: float = option(0.0, "p of the quasi-norm of the advantages; 0: standard deviation",
                                "[0.1, 2]", "0.8 in Neighbor GRPO")
     floor: float = option(0.02, "lower bound of σ_r (Eq. 3), in the reward's unit", "(0, 1e6]")
@@ -80,7 +80,7 @@ class Training:
     rank: int = option(16, "rank r of the LoRA adapter", "[1, 4096]", "64")
     alpha: float = option(32.0, "α of the LoRA adapter, scaled by α/r", "(0, 1e6]", "128")
     targets: str = option(".*", "regular expression of the linear layers that get LoRA", "regex")
-    micro: int = option(0, "most rows in a batch; 0: no limit, but 48 in judging", "[0, 1e6]")
+    micro: int = option(0, "most rows in a batch of the generator; 0: no limit, but 48 in judging", "[0, 1e6]")
 
 
 @dataclass
@@ -110,8 +110,8 @@ class Settings(Training):
                          "quality), hps, aesthetic, module:function", paper="VideoAlign's, 1 each")
     clip: str = option("", "open_clip model of ta, vq, mq: ARCH:TAG, ARCH:FILE or a folder, as "
                        "ViT-B-32:laion2b_s34b_b79k [assets/clip]")
-    judge_prompts: str = option("held-out", "the judged prompts; training (24 of these): to choose "
-                                "settings", " | ".join(JUDGE_PROMPTS))
+    judge_prompts: str = option("held-out", "judged: those held out, or, to choose settings on, 24 "
+                                "of the training prompts", " | ".join(JUDGE_PROMPTS))
     judge_samples: int = option(8, "clips per prompt in the final table", "[1, 100]")
     judge_every: int = option(20, "iterations between points of the curve", "[1, 1e6]")
 
@@ -376,7 +376,7 @@ def neighbor_noise(base: Tensor, sigma: float, group: int,
     """ε⁽ⁱ⁾ = √(1-σ²) ε* + σ δ⁽ⁱ⁾ with δ⁽ⁱ⁾ ~ N(0, I) (Eq. 1): the same expected squared norm.
 
     base: any shape -> [group, *base.shape]. sigma in [0, 1], else ValueError: 0 repeats the base,
-    1 draws independent noise (plain GRPO).
+    1 draws independent noise.
     """
     if not 0 <= sigma <= 1:
         raise ValueError(f"sigma must be in [0, 1], got {sigma}")
@@ -463,8 +463,8 @@ class Adapter:
         return [z for pair in self.weights.values() for z in pair]
 
     @contextmanager
-    def on(self, model: nn.Module, strength: float = 1.0):
-        scale = strength * self.alpha / self.rank
+    def on(self, model: nn.Module):
+        scale = self.alpha / self.rank
 
         def add(A: Tensor, B: Tensor, layer: nn.Module, x: tuple, y: Tensor) -> Tensor:
             with torch.autocast(y.device.type, enabled=False):          # in float32
@@ -501,6 +501,11 @@ def replay(model: Generator, branches: Fork, step: Tensor, anchor: Tensor) -> Te
     return comparison_point(model, x_t, x0, column(t), column(t_next)).unflatten(0, (P, K))
 
 
+def recorded(model: Generator, branches: Fork, step: Tensor, anchor: Tensor) -> Tensor:
+    """As replay, what the rollout itself predicted from these states."""
+    return branches.candidates[:, step, anchor]
+
+
 @dataclass
 class Method(Training):
     """One training. On-policy AR-CoPO (Sec. 3.2); semi-on-policy: buffered; off-policy: buffered,
@@ -522,10 +527,10 @@ class Method(Training):
         anchors = torch.randperm(self.group, generator=rng)[: self.anchors]
         return torch.cartesian_prod(torch.arange(T), anchors)
 
-    def log_policies(self, model: Generator, branches: Fork, step: Tensor,
-                     anchor: Tensor) -> Tensor:
+    def log_policies(self, model: Generator, branches: Fork, step: Tensor, anchor: Tensor,
+                     predict: Callable = replay) -> Tensor:
         """Algorithm 1, line 8: replay the pivot chunk -> log π_θ(i | s_t) [P, K, G]."""
-        x = replay(model, branches, step, anchor).flatten(2)            # [P, K, D]
+        x = predict(model, branches, step, anchor).flatten(2)           # [P, K, D]
         candidates = branches.candidates[:, step].flatten(3)            # [P, K, G, D]
         return surrogate_log_policy(candidates, x, self.tau)
 
@@ -542,10 +547,12 @@ def update(model: Generator, adapter: Adapter, branches: Fork, rewards: Tensor, 
            optimizer: torch.optim.Optimizer, updates: int, rng: torch.Generator) -> dict:
     """Algorithm 1, lines 7 to 9: `updates` steps of ascent on J, on the pivot chunk only.
 
-    rewards [P, G] -> tensors ratio_first (mean ρ at the first update; 1 on-policy), clip_fraction
-    (share of terms whose gradient the clip sets to zero, at the last update), grad_norm (mean),
-    skipped (updates that were not finite). J is a mean over pairs, so its gradient is summed over
-    slices of method.micro rows, and averaged over processes, which have other groups.
+    rewards [P, G] -> tensors replay_error (mean |log π_old - log π of the rollout|: rounding, if
+    replay and rollout agree), ratio_first (mean ρ at the first update; on-policy 1 by definition),
+    clip_fraction (share of terms whose gradient the clip sets to zero, at the last update),
+    grad_norm (mean), skipped (updates that were not finite). No adapter may be on. J is a mean over
+    pairs, so its gradient is summed over slices of method.micro rows, and averaged over processes,
+    which have other groups.
     """
     advantages = group_advantages(rewards, method.quasi_norm, method.floor)[:, None]
     pairs = method.draw_pairs(len(model.timesteps), rng).to(model.device)
@@ -560,7 +567,7 @@ def update(model: Generator, adapter: Adapter, branches: Fork, rewards: Tensor, 
         with adapter.on(model):     # backward too: activation checkpointing runs the model again
             for i, part in enumerate(slices):
                 log_policy = method.log_policies(model, branches, *part.T)          # line 8
-                if old[i] is None:      # Departure: on-policy, π_old is that of the first replay,
+                if old[i] is None:      # Departure: π_old is of a replay, on-policy of the first,
                     old[i] = log_policy.detach()        # as a rollout may round differently
                 log_ratio = log_policy - old[i]
                 term = clipped_objective(log_ratio, advantages, method.clip_range)
@@ -575,7 +582,9 @@ def update(model: Generator, adapter: Adapter, branches: Fork, rewards: Tensor, 
         else:
             skipped += 1
     clipped = ((ratios[-1] - 1) * advantages.sign() > method.clip_range).float()
-    return {"ratio_first": ratios[0].mean(), "clip_fraction": clipped.mean(),
+    rollouts = [method.log_policies(model, branches, *part.T, recorded) for part in slices]
+    error = (torch.cat(old, 1) - torch.cat(rollouts, 1)).abs().mean()
+    return {"replay_error": error, "ratio_first": ratios[0].mean(), "clip_fraction": clipped.mean(),
             "grad_norm": torch.stack(norms).mean(), "skipped": rewards.new_full((), skipped)}
 
 
@@ -604,14 +613,18 @@ def explore(model: Generator, method: Method, prompts: list[str], reward: Callab
     branches, clips = fork(model, chosen, pivot, noise, initial, solver, method.micro)  # 2, 3, 5
     scores = reward(clips.flatten(0, 1), [prompt for prompt in chosen for _ in range(method.group)])
     finite = clips.reshape(P, method.group, -1).isfinite().all(2).cpu()   # else: no advantage
-    if not finite.any(1).all():     # Without a finite branch, a prompt's context may be NaN too,
-                                    # which would skip all P: it gets the context of another.
-        rows = torch.where(finite.any(1), torch.arange(P), finite.sum(1).argmax()).tolist()
-        chosen, prefix = [chosen[i] for i in rows], branches.prefix[rows]
-        context = context_after(model, chosen, prefix)
-        branches = branches._replace(prompts=chosen, prefix=prefix, context=context)
     scores = {name: x.view(P, -1).to(model.device) for name, x in scores.items()}
-    return branches, {name: x.where(finite.to(x.device), math.nan) for name, x in scores.items()}
+    scores = {name: x.where(finite.to(x.device), math.nan) for name, x in scores.items()}
+    return (branches if finite.any(1).all() else repaired(model, branches, finite)), scores
+
+
+def repaired(model: Generator, branches: Fork, finite: Tensor) -> Fork:
+    """finite [P, G]: which branches are. A prompt with none may have a context of NaN, which would
+    skip the update of all P: it gets the prompt and prefix of another."""
+    rows = torch.where(finite.any(1), torch.arange(len(finite)), finite.sum(1).argmax()).tolist()
+    prompts, prefix = [branches.prompts[i] for i in rows], branches.prefix[rows]
+    context = context_after(model, prompts, prefix)
+    return branches._replace(prompts=prompts, prefix=prefix, context=context)
 
 
 Buffer = list[dict]
@@ -680,7 +693,7 @@ def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer
 def align(name: str, model: Generator, method: Method, groups: Callable, point: Callable,
           judge_every: int, save_every: int, seed: int, folder: Path,
           record: dict) -> tuple[Adapter, list[dict]]:
-    """Train one adapter, from its checkpoint if there is one -> it, and the rows of iterate.
+    """Train one adapter, from its checkpoint if there is one -> the adapter, the rows of iterate.
 
     point() gives the scores of a point of the curve. Writes the adapter with the
     record to folder/NAME, and the files of TrainingLog.

@@ -710,6 +710,26 @@ def test_replay_is_the_rollout_and_the_first_ratio_is_exactly_one(flow, bf16, an
     method = tiny_method("on-policy", anchors=anchors)
     row = update(model, adapter, branches, rewards, method, optimizer, 2, seeded(1))
     assert row["ratio_first"] == 1 and row["clip_fraction"] > 0 and row["skipped"] == 0
+    assert row["replay_error"] < (0.3 if bf16 else 1e-4)
+
+
+@pytest.mark.parametrize("method", [*arcopo.METHODS, "sde-grpo"])
+def test_replay_error_shows_that_replay_and_rollout_disagree(method):
+    """Rounding if they agree; much more if the rollout was another model's, or in bf16."""
+    model, other, coarse = tiny(), tiny(), tiny(bf16=True)
+    for p in other.head.parameters():
+        p.data *= 1.01
+    method, errors = tiny_method(method), []
+    for rollouts in (model, other, coarse):
+        noise = draw_noise(rollouts, 3, seeded(0))
+        own = method.branch_noise(noise, 1, seeded(1))
+        branches = fork(rollouts, PROMPTS, 1, noise, *own)[0]
+        adapter = Adapter.new(model, 4, 4.0, seeded(0))
+        optimizer = torch.optim.SGD(adapter.parameters(), 0.1)
+        rewards = torch.randn(3, 4, generator=seeded(0))
+        row = update(model, adapter, branches, rewards, method, optimizer, 1, seeded(1))
+        errors.append(row["replay_error"])
+    assert errors[0] < 1e-4 and min(errors[1:]) > 30 * errors[0]
 
 
 @pytest.mark.parametrize("method", [*arcopo.METHODS, "sde-grpo"])
@@ -876,7 +896,7 @@ def test_merging_two_adapters_equals_applying_both(tmp_path):
     model, noise = tiny(), draw_noise(tiny(), 3, seeded(0))
     a, b = (nonzero(Adapter.new(model, 4, 8.0, seeded(1)),
                     1), nonzero(Adapter.new(model, 2, 1.0, seeded(2)), 2))
-    with a.on(model), b.on(model, 0.6):
+    with a.on(model), Adapter(b.weights, 0.6 * b.alpha).on(model):
         both = sample(model, PROMPTS, noise)
     about = {"base": "", "timesteps": list(model.timesteps)}
     merge_adapters((a, 1.0), (b, 0.6)).save(tmp_path / "merged", about)
@@ -892,10 +912,10 @@ def test_merging_two_adapters_equals_applying_both(tmp_path):
 def test_an_adapter_is_a_change_of_the_weights():
     model, noise = tiny(), draw_noise(tiny(), 3, seeded(0))
     adapter = nonzero(Adapter.new(model, 4, 8.0, seeded(1)))
-    with adapter.on(model, 0.5):
+    with adapter.on(model):
         beside = sample(model, PROMPTS, noise)
     for name, (A, B) in adapter.weights.items():
-        model.get_submodule(name).weight.data += 0.5 * (8.0 / 4) * (B @ A).detach()
+        model.get_submodule(name).weight.data += (8.0 / 4) * (B @ A).detach()
     assert torch.allclose(sample(model, PROMPTS, noise), beside, atol=1e-4)
 
 

@@ -1,8 +1,8 @@
 """Run what each claim of the paper needs, over seeds: python -m studies.claims C2 --seeds 5
 
 Appends to results.csv (the final table of each run), curves.csv (held-out curves), training.csv (a
-summary of the training metrics), base.csv, entropy.csv and cost.csv in --out, by default this
-folder. What is there already is not run again. "base" is what EVIDENCE.md says of the world and the
+summary of the training metrics), base.csv, entropy.csv, cost.csv and durations.csv in --out, by
+default this folder. What is there already is not run again. "base" is what EVIDENCE.md says of the world and the
 base, "tuning" the search for settings, "factors" changes one setting at a time, "durations" times
 the commands of the README.
 """
@@ -24,7 +24,7 @@ PRETRAIN = ("python -m studies.pretrain --seed 1 --teacher-steps 1300 --student-
 ONE = "python arcopo.py --method {} --seed S --steps {}"
 TA = ONE + " --reward ta=1 --judge-every 10"
 SDE = "python -m studies.sde_grpo --seed S --steps 60 --policy {}"
-TUNING = "--judge-prompts training"     # with seed 10: neither is reported
+TUNING = "--judge-prompts training"     # neither these prompts nor the seeds are reported
 POLICIES = "contrastive", "gaussian"
 RECIPE = "python arcopo.py --seed S --steps 100 --sweep 0.2,0.4,0.6,0.8,1,1.5,2"
 FACTORS = ("", "--sigma 0.25", "--sigma 1", "--group 6", "--group 24", "--anchors 1",
@@ -87,18 +87,17 @@ def done(out: Path, run: str, line: str, seed: int) -> bool:
     if run in STUDIES:
         return any((row["command"], row["seed"]) == (line, str(seed))
                    for row in read(out / f"{run}.csv"))
-    return any((row["run"], row["model"], row["seed"]) == (run, trained(line), str(seed))
+    wanted = run, line, trained(line), str(seed)
+    return any((row["run"], row["command"], row["model"], row["seed"]) == wanted
                for row in read(out / "results.csv"))
 
 
 def summary(rows: list[dict]) -> dict:
     """Of the rows of iterate: means over all iterations, and the reward of the last 20."""
     values = lambda name: [float(row[name]) for row in rows]
-    ratio = max(values("ratio_first"), key=lambda r: abs(r - 1))
     return {"iterations": len(rows), "last_reward": mean(values("reward")[-20:]),
             "clip_fraction": mean(values("clip_fraction")), "deviation": mean(values("deviation")),
-            "flat_groups": mean(values("flat_groups")), "worst_ratio_first": ratio,
-            "seconds": median(values("seconds"))}
+            "flat_groups": mean(values("flat_groups")), "seconds": median(values("seconds"))}
 
 
 def execute(out: Path, run: str, line: str, seed: int, extra: list[str]) -> None:

@@ -179,13 +179,14 @@ def measure(it: Iteration, reward: Callable) -> dict[str, Callable]:
     return parts
 
 
-def scaled(settings, base: Generator, width: int = 0, chunks: int = 4, **changes) -> Iteration:
+def scaled(settings, base: Generator, width: int = 0, chunks: int = 0, **changes) -> Iteration:
     """An iteration of an untrained model of another width or number of chunks."""
     torch.manual_seed(0)
-    model = Generator(width or base.width, base.layers, base.heads).requires_grad_(False)
-    model.position = nn.Parameter(model.position[0].repeat(chunks, 1, 1), requires_grad=False)
-    model.chunks = chunks
-    return Iteration(model, settings, **changes)
+    model = Generator(width or base.width, base.layers, base.heads, base.timesteps, base.flow,
+                      base.bf16)
+    model.chunks = chunks or base.chunks
+    model.position = nn.Parameter(model.position[0].repeat(model.chunks, 1, 1))
+    return Iteration(model.to(base.device).requires_grad_(False), settings, **changes)
 
 
 def counted_in(call: Callable) -> dict[str, float]:
@@ -287,14 +288,17 @@ def report(runs: list[list[dict]], L: int) -> str:
              lambda c: number("all branches, whole clip", c), lambda c: average("update", c)),
             ("uncached / cached rollouts",
              lambda c: number("uncached rollouts", c), lambda c: number("independent rollouts", c)),
-            ("sequence-level GRPO / an iteration",
+            ("sequence-level, contrastive policy / fork and update",
              lambda c: number("independent rollouts", c) + number("all branches, whole clip", c),
+             lambda c: average("fork", c) + average("update", c)),
+            ("sequence-level, Gaussian policy / fork and update",
+             lambda c: number("independent rollouts", c) + L * number("SDE-GRPO, update", c),
              lambda c: average("fork", c) + average("update", c))):
         measured, counted = (above(c) / below(c) for c in ("seconds", "counted"))
         ratios.append([title, spread(measured, 2), f"{counted[0]:.2f}"])
     by_method = [["iteration of", "seconds"]]
     by_method += [[name, spread(took, 2)] for name, took in iterations(runs, L).items()]
-    scales = [["iteration with", "seconds", "measured ratio", "counted ratio"]]
+    scales = [["fork and update with", "seconds", "measured ratio", "counted ratio"]]
     for part in parts:
         if part.startswith("iteration"):
             name = "operations" if "width" in part else "counted"

@@ -61,13 +61,13 @@ class SdeGrpo(Method):
         """The T - 1 steps that add noise; log_policies replays every branch there."""
         return torch.cartesian_prod(torch.arange(T - 1), torch.tensor([0]))
 
-    def log_policies(self, model: Generator, branches: Fork, step: Tensor,
-                     anchor: Tensor) -> Tensor:
+    def log_policies(self, model: Generator, branches: Fork, step: Tensor, anchor: Tensor,
+                     predict: Callable = replay) -> Tensor:
         """log N(x_t; (1-t) x̂₀^(θ), t² I) of each branch's own re-noising -> [P, K, G]; a mean over
         elements, as in Flow-GRPO's code. `anchor` is not used."""
         G = self.group
         every = torch.cartesian_prod(step, torch.arange(G, device=step.device)).T
-        mean = replay(model, branches, *every).unflatten(1, (-1, G)).flatten(3)     # [P, K, G, D]
+        mean = predict(model, branches, *every).unflatten(1, (-1, G)).flatten(3)     # [P, K, G, D]
         t = torch.tensor(model.timesteps, device=mean.device)[step + 1].view(-1, 1, 1)
         reached = branches.states[:, step + 1].flatten(3)
         return gaussian_log_density(reached, (1 - t) * mean, t).mean(-1)

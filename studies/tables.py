@@ -71,7 +71,7 @@ def bases() -> str:
 
 def durations() -> str:
     """What the commands of the README take."""
-    table = [["alone on 2 cores of an Intel Xeon", ""]]
+    table = [["what", "takes"]]
     for row in rows_of("durations.csv"):
         if row["unit"] != "seconds a step":
             digits = 0 if row["unit"] == "MB" else 1
@@ -166,8 +166,8 @@ def entropy() -> str:
 
 
 def least_ratio() -> str:
-    """C1: the smallest ratio at the shipped times, rounded down."""
-    return str(int(min(mean(x) for (times, *_), x in noise_ratios().items() if times == SHIPPED)))
+    """C1: the smallest ratio of any seed at the shipped times, rounded down."""
+    return str(int(min(min(x) for (times, *_), x in noise_ratios().items() if times == SHIPPED)))
 
 
 def distilled_ratios() -> str:
@@ -235,12 +235,12 @@ def at_equal_ta() -> str:
             found = [(rows, next((row for row in rows if gain(rows, row, "ta") >= wanted), None))
                      for rows in seeds.values()]
             found = [pair for pair in found if pair[1]]
-            cells = ["not reached"] * bool(not found)
             if found:
                 cells = [spread([float(row["step"]) for _, row in found], 0)]
                 cells += [spread([gain(rows, row, name) for rows, row in found], digits, "+")
                           for name, digits in list(columns.items())[1:]]
-            cells += [""] * (len(table[0]) - 3 - len(cells))
+            else:
+                cells = ["not reached", *[""] * (len(columns) - 1)]
             table.append([label, f"{wanted:.4f}", f"{len(found)} of {len(seeds)}", *cells])
     return markdown(table)
 
@@ -258,14 +258,14 @@ def collapse() -> str:
     curves = {seed: rows_of("curves.csv", run="ta", training="off-policy", seed=seed)
               for seed in column(rows_of("results.csv", run="ta", model="off-policy"), "ta")}
     table = [["", *(f"seed {seed}" for seed in curves)]]
-    for name in ("ta", "text", "judge"):
+    for name, label in (("ta", "TA"), ("text", "text"), ("judge", "judge")):
         before, after = (column(rows_of("results.csv", run="ta", model=model), name)
                          for model in ("base", "off-policy"))
         kept = [f"{after[seed] / before[seed]:.0%}" for seed in curves]
-        table.append([f"{name.replace('ta', 'TA')} left, of the base's", *kept])
+        table.append([f"{label}, share of the base's", *kept])
     first = lambda rows: next((row["step"] for row in rows if float(rows[0]["judge"])
                                - float(row["judge"]) > 0.05), "never")
-    table.append(["iteration with 0.05 less of the judge", *map(first, curves.values())])
+    table.append(["iteration at which the judge is 0.05 lower", *map(first, curves.values())])
     return markdown(table)
 
 
@@ -314,6 +314,8 @@ TABLES = {f.__name__: f for f in (
 def filled(text: str) -> str:
     """The text of a file with new tables and numbers."""
     def new(match: re.Match) -> str:
+        if match[1] not in TABLES:
+            raise UserError(f"<!-- {match[1]} -->: expected one of {', '.join(TABLES)}")
         return f"<!-- {match[1]} -->{match[2]}{TABLES[match[1]]()}{match[2]}<!-- end -->"
     return re.sub(r"<!-- (\w+) -->(\n?).*?<!-- end -->", new, text, flags=re.DOTALL)
 
