@@ -80,7 +80,8 @@ class Training:
     rank: int = option(16, "rank r of the LoRA adapter", "[1, 4096]", "64")
     alpha: float = option(32.0, "α of the LoRA adapter, scaled by α/r", "(0, 1e6]", "128")
     targets: str = option(".*", "regular expression of the linear layers that get LoRA", "regex")
-    micro: int = option(0, "most rows in a batch of the generator; 0: no limit, but 48 in judging", "[0, 1e6]")
+    micro: int = option(0, "most rows in a batch of the generator; 0: all, but 48 in judging",
+                       "[0, 1e6]")
 
 
 @dataclass

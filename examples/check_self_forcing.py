@@ -51,7 +51,7 @@ def check(model: SelfForcing, prompts: list[str]) -> None:
         assert row["replay_error"] < 1e-3 and row["skipped"] == 0
     with adapter.on(model):
         rewards.append(sample(model, prompts[:2], noise).mean().item())
-    print(f"replay error {row['replay_error']:.1e}; toy reward {rewards[0]:.4f} -> {rewards[1]:.4f}")
+    print(f"replay error {row['replay_error']:.0e}; reward {rewards[0]:.4f} -> {rewards[1]:.4f}")
     assert rewards[1] > rewards[0]
 
 

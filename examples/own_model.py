@@ -71,7 +71,7 @@ def main(steps: int = 150, lr: float = 3e-3) -> tuple[float, float]:
     for step in range(1, steps + 1):
         row = iterate(model, adapter, optimizer, method, groups, seeded(0, step))
         if step % 30 == 0:
-            print(f"iteration {step:3}  reward {row['reward']:.4f}  clipped {row['clip_fraction']:.2f}")
+            print(f"iteration {step:3}  reward {row['reward']:.4f}")
     with adapter.on(model):
         after = judge()
     print(f"held-out reward {before:.4f} -> {after:.4f}")

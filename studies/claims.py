@@ -1,10 +1,10 @@
 """Run what each claim of the paper needs, over seeds: python -m studies.claims C2 --seeds 5
 
-Appends to results.csv (the final table of each run), curves.csv (held-out curves), training.csv (a
-summary of the training metrics), base.csv, entropy.csv, cost.csv and durations.csv in --out, by
-default this folder. What is there already is not run again. "base" is what EVIDENCE.md says of the world and the
-base, "tuning" the search for settings, "factors" changes one setting at a time, "durations" times
-the commands of the README.
+Appends to results.csv (the final table of each run), curves.csv (scores along training),
+training.csv (a summary of the training metrics), base.csv, entropy.csv, cost.csv and durations.csv
+in --out, by default this folder. What is there already is not run again. "base" is what EVIDENCE.md
+says of the world and the base, "tuning" the search for settings, "factors" changes one setting at a
+time, "durations" times the commands of the README.
 """
 
 import csv
@@ -24,7 +24,8 @@ PRETRAIN = ("python -m studies.pretrain --seed 1 --teacher-steps 1300 --student-
 ONE = "python arcopo.py --method {} --seed S --steps {}"
 TA = ONE + " --reward ta=1 --judge-every 10"
 SDE = "python -m studies.sde_grpo --seed S --steps 60 --policy {}"
-TUNING = "--judge-prompts training"     # neither these prompts nor the seeds are reported
+TUNING = "--judge-prompts training"     # neither these prompts nor seeds 10 to 12 are reported
+CLOSE = 10, 11, 12                      # seeds of settings between which one seed cannot decide
 POLICIES = "contrastive", "gaussian"
 RECIPE = "python arcopo.py --seed S --steps 100 --sweep 0.2,0.4,0.6,0.8,1,1.5,2"
 FACTORS = ("", "--sigma 0.25", "--sigma 1", "--group 6", "--group 24", "--anchors 1",
@@ -59,15 +60,18 @@ RUNS = [  # (claims, run in the CSVs, command; S is the seed, its seeds if they 
       for policy in POLICIES),
     *(("factors", f"factors {change}".strip(), f"{ONE.format('on-policy', 40)} {change}".strip(),
        (0, 1)) for change in FACTORS),
-    *(("tuning", f"tuning {lr}", f"{SDE.format('contrastive')} --lr {lr} {TUNING}", (10,))
-      for lr in ("5e-5", "1e-4", "2e-4", "4e-4", "1e-3")),
-    *(("tuning", f"tuning {change}", f"{SDE.format('gaussian')} {change} {TUNING}", (10,))
-      for change in ("--sde-lr 2e-4", "--sde-lr 5e-4", "--sde-lr 1e-3",
-                     "--sde-lr 5e-4 --sde-clip-range 4e-6", "--sde-lr 2e-4 --floor 1e-3",
-                     "--sde-lr 5e-4 --floor 1e-3",
-                     "--sde-lr 1e-3 --floor 1e-3")),
+    *(("tuning", f"tuning {lr}", f"{SDE.format('contrastive')} --lr {lr} {TUNING}", seeds)
+      for lr, seeds in (("5e-5", CLOSE), ("1e-4", CLOSE), ("2e-4", CLOSE), ("4e-4", CLOSE),
+                        ("1e-3", (10,)))),
+    *(("tuning", f"tuning {change}", f"{SDE.format('gaussian')} {change} {TUNING}", seeds)
+      for change, seeds in (("--sde-lr 2e-4", (10,)), ("--sde-lr 5e-4", (10,)),
+                            ("--sde-lr 1e-3", (10,)),
+                            ("--sde-lr 5e-4 --sde-clip-range 4e-6", (10,)),
+                            ("--sde-lr 2e-4 --floor 1e-3", CLOSE),
+                            ("--sde-lr 5e-4 --floor 1e-3", CLOSE),
+                            ("--sde-lr 1e-3 --floor 1e-3", (10,)))),
     *(("tuning", f"tuning buffer {lr}", f"{ONE.format('semi', 100)} --buffer-lr {lr} {TUNING}",
-       (10,)) for lr in ("2e-4", "4e-4", "1e-3")),
+       CLOSE) for lr in ("2e-4", "4e-4", "1e-3")),
     ("durations", "durations", "python -m studies.durations", (0,)),
 ]
 

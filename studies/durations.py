@@ -82,7 +82,8 @@ def study(args) -> int:
 def main(arguments: list | None = None) -> int:
     def call() -> int:
         parser = Parser(__doc__.split("\n\n")[0])
-        parser.add_argument("--out", type=nonempty, default="runs/durations", help="folder to write")
+        parser.add_argument("--out", type=nonempty, default="runs/durations",
+                            help="folder to write")
         return study(parser.parse_args(arguments and [str(a) for a in arguments]))
 
     return command("durations", call)
