@@ -89,7 +89,7 @@ class Settings(Training):
     """Every setting of the command line. Raises UserError."""
     buffer_groups: int = option(100, "rollout groups in the buffer", "[1, 1e4]", "100")
     buffer: str = option("", "buffer.safetensors of an earlier run instead of collecting one")
-    buffer_lr: float = option(4e-4, "learning rate of AdamW with the buffer", "(0, 1e6]", "1e-5")
+    buffer_lr: float = option(1e-3, "learning rate of AdamW with the buffer", "(0, 1e6]", "1e-5")
     buffer_reward: str = option("ta=1", "rewards of the buffer, as --reward", paper="TA")
     sweep: str = option("0.4,0.6,0.8,1", "strengths s of the on-policy adapter", paper="0.4 to 1")
 

@@ -50,9 +50,9 @@ RUNS = [  # (claims, run in the CSVs, command; S is the seed, its seeds if they 
       for policy in POLICIES),
     *(("C2", "equal rows, best", f"{SDE.format(policy)} {best}") for policy, best in
       zip(POLICIES, ("--lr 4e-4", "--sde-lr 5e-4 --floor 1e-3"))),
-    *(("C4 C5", "ta", TA.format(method, 100)) for method in ("on-policy", "semi", "off-policy")),
-    ("C4", "ta, semi at 1e-3", TA.format("semi", 100) + " --buffer-lr 1e-3"),
-    ("C4", "ta, on-policy at 4e-4", TA.format("on-policy", 100) + " --lr 4e-4"),
+    *(("C4", "ta", TA.format(method, 100)) for method in ("on-policy", "semi")),
+    *(("C4 C5", "ta at 4e-4", f"{TA.format(method, 100)} {rate} 4e-4") for method, rate in
+      (("on-policy", "--lr"), ("semi", "--buffer-lr"), ("off-policy", "--buffer-lr"))),
     ("C7", "flow", ONE.format("on-policy", 40) + " --base assets/teacher.safetensors"),
     ("C7", "second base",
      f"{PRETRAIN} && {ONE.format('on-policy', 60)} --base {SECOND}/base.safetensors"),
@@ -67,11 +67,11 @@ RUNS = [  # (claims, run in the CSVs, command; S is the seed, its seeds if they 
       for change, seeds in (("--sde-lr 2e-4", (10,)), ("--sde-lr 5e-4", (10,)),
                             ("--sde-lr 1e-3", (10,)),
                             ("--sde-lr 5e-4 --sde-clip-range 4e-6", (10,)),
-                            ("--sde-lr 2e-4 --floor 1e-3", CLOSE),
-                            ("--sde-lr 5e-4 --floor 1e-3", CLOSE),
+                            ("--sde-lr 2e-4 --floor 1e-3", (10, 11)),
+                            ("--sde-lr 5e-4 --floor 1e-3", (10, 11)),
                             ("--sde-lr 1e-3 --floor 1e-3", (10,)))),
     *(("tuning", f"tuning buffer {lr}", f"{ONE.format('semi', 100)} --buffer-lr {lr} {TUNING}",
-       CLOSE) for lr in ("2e-4", "4e-4", "1e-3")),
+       CLOSE) for lr in ("2e-4", "4e-4", "1e-3", "2e-3")),
     ("durations", "durations", "python -m studies.durations", (0,)),
 ]
 

@@ -206,9 +206,9 @@ def baseline() -> str:
              for method, model in (("AR-CoPO", "on-policy"), ("SDE-GRPO", "sde-grpo"))}
     names |= {f"AR-CoPO, 36 rows, {label}": (run, "on-policy")
               for label, run in (("shipped", "36 rows"), ("best", "36 rows, best"))}
-    table = [["", "seeds", "Δ reward", "Δ judge", "Δ area", "training reward", "deviation",
+    table = [["", "seeds", "Δ reward", "Δ judge", "Δ TA", "Δ area", "training reward", "deviation",
               "flat groups", "clipped"]]
-    for row, pair in zip(trained(names, (("area", 0),)), names.values()):
+    for row, pair in zip(trained(names, (("ta", 3), ("area", 0))), names.values()):
         table.append([*row, *(training(*pair, name, digits) for name, digits in
                               (("last_reward", 2), ("deviation", 3), ("flat_groups", 2),
                                ("clip_fraction", 2)))])
@@ -294,7 +294,7 @@ def factors() -> str:
 
 def tuning() -> str:
     """The search for settings."""
-    table = [["command", "seeds", "training reward", "Δ reward", "Δ judge", "Δ ta", "clipped"]]
+    table = [["command", "seeds", "training reward", "Δ reward", "Δ judge", "Δ TA", "clipped"]]
     commands = {(row["run"], row["training"]): row["command"]
                 for row in rows_of("training.csv") if row["run"].startswith("tuning")}
     for pair, line in commands.items():
