@@ -99,9 +99,9 @@ def ta():
     figure, plots = plt.subplots(2, 3, figsize=(12, 6))
     plots = plots.flatten()
     lines = [("on-policy", "ta", "on-policy"),
-             ("on-policy, lr 4e-4", "ta, on-policy at 4e-4", "on-policy"),
-             ("semi", "ta", "semi"), ("semi, lr 1e-3", "ta, semi at 1e-3", "semi"),
-             ("off-policy", "ta", "off-policy")]
+             ("on-policy, lr 4e-4", "ta at 4e-4", "on-policy"),
+             ("semi", "ta", "semi"), ("semi, lr 4e-4", "ta at 4e-4", "semi"),
+             ("off-policy, lr 4e-4", "ta at 4e-4", "off-policy")]
     columns = "ta", "judge", "text", "visual", "displacement"
     for label, run, training in lines:
         rows = read("curves.csv", run=run, training=training)
