@@ -1,4 +1,4 @@
-"""Every number of README.md and EVIDENCE.md, from the CSVs here: python -m studies.tables
+"""The tables of README.md and EVIDENCE.md, from the CSVs here: python -m studies.tables
 
 Writes each table or number between its two comments, <!-- NAME --> and <!-- end -->. --check only
 compares. ± is the standard deviation over seeds; a change is from the base of the same seed.
@@ -110,7 +110,8 @@ def pivots() -> str:
     subjects = [f"pivot {p}" for p in range(1, 5)]
     table = [["", *subjects]]
     for label, measure in (("deviation of the reward", "deviation"), ("VQ and area", "vq and area"),
-                           ("TA and area", "ta and area"), ("reward and area", "reward and area"),
+                           ("TA and area", "ta and area"), ("MQ and area", "mq and area"),
+                           ("reward and area", "reward and area"),
                            ("reward and area, brightness fixed",) * 2):
         table.append([label, *(spread(measured(subject, measure), 2) for subject in subjects)])
     return markdown(table)
