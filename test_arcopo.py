@@ -1445,7 +1445,7 @@ def test_the_self_forcing_example_on_its_own_code():
     """SELF_FORCING: a folder with github.com/guandeh17/Self-Forcing."""
     command = [sys.executable, "examples/self_forcing.py", "--check", os.environ["SELF_FORCING"]]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 0 and "first ratio exactly 1" in done.stdout, done.stderr
+    assert done.returncode == 0 and "replay error" in done.stdout, done.stderr
 
 
 def test_the_self_forcing_example_on_a_stand_in(capsys):
@@ -1457,7 +1457,7 @@ def test_the_self_forcing_example_on_a_stand_in(capsys):
     model = SelfForcing(StandIn(), text, vae, (3, 4, 4, 4), 3)
     assert model.timesteps == pytest.approx((1, 0.9375, 0.8333, 0.625), abs=1e-4)
     check_self_forcing.check(model, ["a cat", "a dog", "a boat"])
-    assert "first ratio exactly 1" in capsys.readouterr().out
+    assert "replay error" in capsys.readouterr().out
     context = model.extend(model.begin(["a", "b"]), torch.randn(2, 3, 4, 4, 4)).repeat(3)
     shared = [past[0][0][0].data_ptr() for past in context.pasts]
     assert len(set(shared)) == 2 and shared[0] == shared[2]  # nothing was copied
