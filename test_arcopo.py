@@ -2563,7 +2563,7 @@ def test_readme_names_what_exists():
     for link in re.findall(r"\]\((?!http)([^)]+)\)", evidence):
         assert (HERE / "studies" / link).exists(), link
     known = {"--" + name.replace("_", "-") for name in Settings.__dataclass_fields__} | {"--help"}
-    known |= {"--nproc-per-node"}  # torchrun's
+    known |= {"--nproc-per-node", "--check"}  # of torchrun and self_forcing.py
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) <= known
 
 
