@@ -111,8 +111,8 @@ class Settings(Training):
                          "quality), hps, aesthetic, module:function", paper="VideoAlign's, 1 each")
     clip: str = option("", "open_clip model of ta, vq, mq: ARCH:TAG, ARCH:FILE or a folder, as "
                        "ViT-B-32:laion2b_s34b_b79k [assets/clip]")
-    judge_prompts: str = option("held-out", "judged: those held out, or, to choose settings on, 24 "
-                                "of the training prompts", " | ".join(JUDGE_PROMPTS))
+    judge_prompts: str = option("held-out", "held-out, or training: 24 of the training prompts, to "
+                                "choose settings on", " | ".join(JUDGE_PROMPTS))
     judge_samples: int = option(8, "clips per prompt in the final table", "[1, 100]")
     judge_every: int = option(20, "iterations between points of the curve", "[1, 1e6]")
 
