@@ -71,7 +71,7 @@ class Training:
     updates: int = option(2, "policy updates per iteration", "[1, 100]", "2")
     prompts: int = option(4, "prompts P per iteration", "[1, 1000]", "1 on each of 24 GPUs")
     clip_range: float = option(1e-4, "ε of the ratio clip (Eq. 3); inf: none", "(0, inf]", "1e-4")
-    tau: float = option(0.03, "temperature τ (Eq. 5) of squared distances averaged over a chunk's "
+    tau: float = option(0.03, "temperature τ₀ (Eq. 5) of squared distances averaged over a chunk's "
                         "D elements; the paper's, of their sum, is D times this", "(0, 1e6]")
     quasi_norm: float = option(0.0, "p of the quasi-norm of the advantages; 0: standard deviation",
                                "[0.1, 2]", "0.8 in Neighbor GRPO")
@@ -696,8 +696,8 @@ def align(name: str, model: Generator, method: Method, groups: Callable, point: 
           record: dict) -> tuple[Adapter, list[dict]]:
     """Train one adapter, from its checkpoint if there is one -> the adapter, the rows of iterate.
 
-    point() gives the scores of a point of the curve. Writes the adapter with the
-    record to folder/NAME, and the files of TrainingLog.
+    point() gives the scores of a point of the curve. Writes the adapter with the record to
+    folder/NAME, and the files of TrainingLog.
     """
     kind = "buffered" if method.buffered else "explored"    # each kind has its own random numbers
     adapter = Adapter.new(model, method.rank, method.alpha, seeded(seed, kind, "adapter"),
@@ -746,8 +746,8 @@ def choose_strength(scores: dict[float, tuple[float, float]],
     None if none does. Departure: then the semi-on-policy adapter alone (s = 0) is used, which the
     paper's rule does not cover. Equal or NaN is no improvement.
     """
-    return max((s for s, (reward, judged) in scores.items()
-                if reward > base[0] and judged > base[1]), default=None)
+    return max((s for s, (reward, score) in scores.items()
+                if reward > base[0] and score > base[1]), default=None)
 
 
 # ------------------------------------------------------------------ evaluation
@@ -840,7 +840,7 @@ def run(settings: Settings, own: dict[str, Method] | None = None,
                       "reward": buffer_reward.weights, "reward models": buffer_reward.hashes(),
                       "training prompts": hashed}
     buffer = load_buffer(file, model, about) if settings.buffer or file.exists() else None
-    Adapter.new(model, settings.rank, settings.alpha, targets=settings.targets)     # fails early
+    Adapter.new(model, settings.rank, settings.alpha, targets=settings.targets)    # checks it
     judge_model = partial(judged, model, reward, JUDGE_PROMPTS[settings.judge_prompts],
                           settings.micro)
     point = lambda: judge_model(min(2, settings.judge_samples), settings.seed, "curve")[1]
