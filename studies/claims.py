@@ -24,6 +24,7 @@ PRETRAIN = ("python -m studies.pretrain --seed 1 --teacher-steps 1300 --student-
 ONE = "python arcopo.py --method {} --seed S --steps {}"
 TA = ONE + " --reward ta=1 --judge-every 10"
 SDE = "python -m studies.sde_grpo --seed S --steps 60 --policy {}"
+DISTILLED = "1,0.5,0.25,0.1"            # the times at which the student was distilled
 TUNING = "--judge-prompts training"     # neither these prompts nor seeds 10 to 12 are reported
 CLOSE = 10, 11, 12                      # seeds of settings between which one seed cannot decide
 POLICIES = "contrastive", "gaussian"
@@ -31,6 +32,10 @@ RECIPE = "python arcopo.py --seed S --steps 100 --sweep 0.2,0.4,0.6,0.8,1,1.5,2"
 FACTORS = ("", "--sigma 0.25", "--sigma 1", "--group 6", "--group 24", "--anchors 1",
            "--anchors 12", "--clip-range 1e-5", "--clip-range 1e-3", "--clip-range inf",
            "--updates 1", "--updates 4")
+SEARCHED = ((60, ""), (60, "--tau 0.01"), (60, "--tau 0.1"), (60, "--floor 0.005"),
+            (60, "--floor 0.1"), (60, "--rank 4 --alpha 8"), (60, "--rank 64 --alpha 128"),
+            (120, "--prompts 2"), (30, "--prompts 8"), (60, "--timesteps 1,0.3,0.15,0.07"),
+            (60, f"--timesteps {DISTILLED}"))      # iterations, setting: rollouts are equal
 STUDIES = "base", "entropy", "cost", "durations"    # each has a CSV of its own, of this name
 RUNS = [  # (claims, run in the CSVs, command; S is the seed, its seeds if they are fixed)
     ("base", "base", "python -m studies.base --seed S"),
@@ -40,14 +45,19 @@ RUNS = [  # (claims, run in the CSVs, command; S is the seed, its seeds if they 
      (0, 1)),
     ("C1", "entropy", "python -m studies.entropy --seed S"),
     ("C1", "entropy", "python -m studies.entropy --seed S --timesteps 1,0.3,0.15,0.07"),
-    ("C1", "entropy", "python -m studies.entropy --seed S --timesteps 1,0.5,0.25,0.1"),
+    ("C1", "entropy", "python -m studies.entropy --seed S --timesteps " + DISTILLED),
     ("C8", "cost", "python -m studies.cost --seed S"),
     ("C3 C6", "recipe", RECIPE),
     *(("C2", "equal rows", SDE.format(policy)) for policy in POLICIES),
     *(("C2", f"36 rows{name}", ONE.format("on-policy", 60) + f" --anchors 9{rate}")
       for name, rate in (("", ""), (", best", " --lr 4e-4"))),
-    *(("C2", "equal rows, distilled times", f"{SDE.format(policy)} --timesteps 1,0.5,0.25,0.1")
+    *(("C2", "equal rows, distilled times", f"{SDE.format(policy)} --timesteps {DISTILLED}")
       for policy in POLICIES),
+    *(("C2", f"equal rows, distilled times{name}",
+       f"{SDE.format(policy)} --timesteps {DISTILLED} {rate}")
+      for name, policy, rate in ((", 4e-4", "contrastive", "--lr 4e-4"),
+                                 (", 2e-4", "contrastive", "--lr 2e-4"),
+                                 (", 2e-4", "gaussian", "--sde-lr 2e-4"))),
     *(("C2", "equal rows, best", f"{SDE.format(policy)} {best}") for policy, best in
       zip(POLICIES, ("--lr 4e-4", "--sde-lr 5e-4 --floor 1e-3"))),
     *(("C4", "ta", TA.format(method, 100)) for method in ("on-policy", "semi")),
@@ -70,8 +80,16 @@ RUNS = [  # (claims, run in the CSVs, command; S is the seed, its seeds if they 
                             ("--sde-lr 2e-4 --floor 1e-3", (10, 11)),
                             ("--sde-lr 5e-4 --floor 1e-3", (10, 11)),
                             ("--sde-lr 1e-3 --floor 1e-3", (10,)))),
+    *(("tuning", f"tuning distilled {change}",
+       f"{SDE.format(policy)} --timesteps {DISTILLED} {change} {TUNING}", (10, 11))
+      for policy, change in (("contrastive", "--lr 1e-4"), ("contrastive", "--lr 2e-4"),
+                             ("contrastive", "--lr 4e-4"), ("gaussian", "--sde-lr 2e-4"),
+                             ("gaussian", "--sde-lr 5e-4"), ("gaussian", "--sde-lr 1e-3"))),
     *(("tuning", f"tuning buffer {lr}", f"{ONE.format('semi', 100)} --buffer-lr {lr} {TUNING}",
        CLOSE) for lr in ("2e-4", "4e-4", "1e-3", "2e-3")),
+    *(("tuning", f"tuning on-policy {change}".strip(),
+       f"{ONE.format('on-policy', steps)} {change} {TUNING}".replace("  ", " "), CLOSE)
+      for steps, change in SEARCHED),
     ("durations", "durations", "python -m studies.durations", (0,)),
 ]
 

@@ -203,10 +203,11 @@ def baseline() -> str:
     """C2."""
     names = {f"{method}{label}": (f"equal rows{run}", model)
              for label, run in ((", shipped", ""), (", best", ", best"), (", noisy", ", noisy"),
-                                (", distilled times",) * 2)
+                                (", distilled times",) * 2, (", distilled times, 2e-4",) * 2)
              for method, model in (("AR-CoPO", "on-policy"), ("SDE-GRPO", "sde-grpo"))}
-    names |= {f"AR-CoPO, 36 rows, {label}": (run, "on-policy")
-              for label, run in (("shipped", "36 rows"), ("best", "36 rows, best"))}
+    names |= {f"AR-CoPO, {label}": (run, "on-policy") for label, run in
+              (("distilled times, 4e-4", "equal rows, distilled times, 4e-4"),
+               ("36 rows, shipped", "36 rows"), ("36 rows, best", "36 rows, best"))}
     table = [["", "seeds", "Δ reward", "Δ judge", "Δ TA", "Δ area", "training reward", "deviation",
               "flat groups", "clipped"]]
     for row, pair in zip(trained(names, (("ta", 3), ("area", 0))), names.values()):
