@@ -25,8 +25,8 @@ ONE = "python arcopo.py --method {} --seed S --steps {}"
 TA = ONE + " --reward ta=1 --judge-every 10"
 SDE = "python -m studies.sde_grpo --seed S --steps 60 --policy {}"
 DISTILLED = "1,0.5,0.25,0.1"            # the times at which the student was distilled
-TUNING = "--judge-prompts training"     # neither these prompts nor seeds 10 to 12 are reported
-CLOSE = 10, 11, 12                      # seeds of settings between which one seed cannot decide
+TUNING = "--judge-prompts training"     # no reported score of a model has these prompts, or
+CLOSE = 10, 11, 12                      # these seeds: settings between which one cannot decide
 POLICIES = "contrastive", "gaussian"
 RECIPE = "python arcopo.py --seed S --steps 100 --sweep 0.2,0.4,0.6,0.8,1,1.5,2"
 FACTORS = ("", "--sigma 0.25", "--sigma 1", "--group 6", "--group 24", "--anchors 1",
@@ -79,7 +79,9 @@ RUNS = [  # (claims, run in the CSVs, command; S is the seed, its seeds if they 
                             ("--sde-lr 5e-4 --sde-clip-range 4e-6", (10,)),
                             ("--sde-lr 2e-4 --floor 1e-3", (10, 11)),
                             ("--sde-lr 5e-4 --floor 1e-3", (10, 11)),
-                            ("--sde-lr 1e-3 --floor 1e-3", (10,)))),
+                            ("--sde-lr 1e-3 --floor 1e-3", (10,)),
+                            ("--sde-lr 5e-4 --floor 1e-3 --sde-clip-range 4e-5", (10, 11)),
+                            ("--sde-lr 5e-4 --floor 1e-3 --sde-clip-range 1.2e-4", (10, 11)))),
     *(("tuning", f"tuning distilled {change}",
        f"{SDE.format(policy)} --timesteps {DISTILLED} {change} {TUNING}", (10, 11))
       for policy, change in (("contrastive", "--lr 1e-4"), ("contrastive", "--lr 2e-4"),

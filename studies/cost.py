@@ -280,7 +280,7 @@ def report(runs: list[list[dict]], L: int) -> str:
     table += [[part, spread(number(part), 3), f"{number(part, 'operations')[0] / 1e9:.1f}",
                f"{number(part, 'megabytes')[0]:.0f}"]
               for part in parts if not part.startswith(("operations", "iteration"))]
-    ratios = [["ratio", "measured", "counted"]]
+    ratios = [["ratio", "measured", "counted", "by operations"]]
     for title, above, below in (
             ("fork (mean over pivots) / independent rollouts",
              lambda c: average("fork", c), lambda c: number("independent rollouts", c)),
@@ -294,8 +294,8 @@ def report(runs: list[list[dict]], L: int) -> str:
             ("sequence-level, Gaussian policy / fork and update",
              lambda c: number("independent rollouts", c) + L * number("SDE-GRPO, update", c),
              lambda c: average("fork", c) + average("update", c))):
-        measured, counted = (above(c) / below(c) for c in ("seconds", "counted"))
-        ratios.append([title, spread(measured, 2), f"{counted[0]:.2f}"])
+        measured, *others = (above(c) / below(c) for c in ("seconds", "counted", "operations"))
+        ratios.append([title, spread(measured, 2), *(f"{ratio[0]:.2f}" for ratio in others)])
     by_method = [["iteration of", "seconds"]]
     by_method += [[name, spread(took, 2)] for name, took in iterations(runs, L).items()]
     scales = [["fork and update with", "seconds", "measured ratio", "counted ratio"]]

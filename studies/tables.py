@@ -65,7 +65,7 @@ def bases() -> str:
         rows = rows_of("results.csv", run=run, model="base")
         table.append([label, *(spread(list(column(rows, name).values()), digits) for name, digits in
                                (("all_right", 2), ("visual", 2), ("motion_quality", 2),
-                                ("judge", 2), ("area", 0)))])
+                                ("judge", 3), ("area", 0)))])
     return markdown(table)
 
 
