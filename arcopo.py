@@ -364,8 +364,8 @@ def fork(model: Generator, prompts: list[str], pivot: int, noise: Noise, initial
         broken = ~torch.cat([latents, points], 1).isfinite().flatten(1).all(1)
         latents[broken], states[broken], points[broken] = math.nan, 0.0, 0.0
         parts.append([x.unflatten(0, (P, n)) for x in (states, points, model.decode(latents))])
-    # A branch that is not finite has no reward (explore). As zeros, it keeps the distances of its
-    # group finite. It may still be drawn as an anchor.
+    # A branch that is not finite has no reward (explore). Its zeros keep the distances of its group
+    # finite. It may still be drawn as an anchor.
     states, points, clips = (torch.cat(part, 1) for part in zip(*parts))
     return Fork(prompts, prefix, context, states.transpose(1, 2), points.transpose(1, 2)), clips
 
@@ -840,7 +840,7 @@ def run(settings: Settings, own: dict[str, Method] | None = None,
                       "reward": buffer_reward.weights, "reward models": buffer_reward.hashes(),
                       "training prompts": hashed}
     buffer = load_buffer(file, model, about) if settings.buffer or file.exists() else None
-    Adapter.new(model, settings.rank, settings.alpha, targets=settings.targets)    # checks it
+    Adapter.new(model, settings.rank, settings.alpha, targets=settings.targets)  # checks --targets
     judge_model = partial(judged, model, reward, JUDGE_PROMPTS[settings.judge_prompts],
                           settings.micro)
     point = lambda: judge_model(min(2, settings.judge_samples), settings.seed, "curve")[1]

@@ -25,8 +25,8 @@ ONE = "python arcopo.py --method {} --seed S --steps {}"
 TA = ONE + " --reward ta=1 --judge-every 10"
 SDE = "python -m studies.sde_grpo --seed S --steps 60 --policy {}"
 DISTILLED = "1,0.5,0.25,0.1"            # the times at which the student was distilled
-TUNING = "--judge-prompts training"     # no reported score of a model has these prompts, or
-CLOSE = 10, 11, 12                      # these seeds: settings between which one cannot decide
+TUNING = "--judge-prompts training"     # no reported score of a model has these prompts
+CLOSE = 10, 11, 12                      # or these seeds; all three where one cannot decide
 POLICIES = "contrastive", "gaussian"
 RECIPE = "python arcopo.py --seed S --steps 100 --sweep 0.2,0.4,0.6,0.8,1,1.5,2"
 FACTORS = ("", "--sigma 0.25", "--sigma 1", "--group 6", "--group 24", "--anchors 1",
@@ -51,13 +51,12 @@ RUNS = [  # (claims, run in the CSVs, command; S is the seed, its seeds if they 
     *(("C2", "equal rows", SDE.format(policy)) for policy in POLICIES),
     *(("C2", f"36 rows{name}", ONE.format("on-policy", 60) + f" --anchors 9{rate}")
       for name, rate in (("", ""), (", best", " --lr 4e-4"))),
-    *(("C2", "equal rows, distilled times", f"{SDE.format(policy)} --timesteps {DISTILLED}")
-      for policy in POLICIES),
     *(("C2", f"equal rows, distilled times{name}",
-       f"{SDE.format(policy)} --timesteps {DISTILLED} {rate}")
-      for name, policy, rate in ((", 4e-4", "contrastive", "--lr 4e-4"),
-                                 (", 2e-4", "contrastive", "--lr 2e-4"),
-                                 (", 2e-4", "gaussian", "--sde-lr 2e-4"))),
+       f"{SDE.format(policy)} --timesteps {DISTILLED}{rate}")
+      for name, policy, rate in (("", "contrastive", ""), ("", "gaussian", ""),
+                                 (", 4e-4", "contrastive", " --lr 4e-4"),
+                                 (", 2e-4", "contrastive", " --lr 2e-4"),
+                                 (", 2e-4", "gaussian", " --sde-lr 2e-4"))),
     *(("C2", "equal rows, best", f"{SDE.format(policy)} {best}") for policy, best in
       zip(POLICIES, ("--lr 4e-4", "--sde-lr 5e-4 --floor 1e-3"))),
     *(("C4", "ta", TA.format(method, 100)) for method in ("on-policy", "semi")),
@@ -90,7 +89,7 @@ RUNS = [  # (claims, run in the CSVs, command; S is the seed, its seeds if they 
     *(("tuning", f"tuning buffer {lr}", f"{ONE.format('semi', 100)} --buffer-lr {lr} {TUNING}",
        CLOSE) for lr in ("2e-4", "4e-4", "1e-3", "2e-3")),
     *(("tuning", f"tuning on-policy {change}".strip(),
-       f"{ONE.format('on-policy', steps)} {change} {TUNING}".replace("  ", " "), CLOSE)
+       f"{ONE.format('on-policy', f'{steps} {change}'.strip())} {TUNING}", CLOSE)
       for steps, change in SEARCHED),
     ("durations", "durations", "python -m studies.durations", (0,)),
 ]
