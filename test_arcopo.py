@@ -1806,7 +1806,8 @@ def one_of_two_processes(folder: Path, base: Path) -> None:
     share = slice(2 * rank, 2 * rank + 2)
     parts = [share_of_an_update(share, spoiled) for spoiled in (False, True)]
     torch.save(parts, folder / f"{rank}.pt")
-    arguments = ["--method", "on-policy", "--steps", 3, "--save-every", 1, "--base", base, *TINY]
+    arguments = ["--method", "on-policy", "--steps", 3, "--save-every", 1, "--base", base]
+    arguments += ["--device", "cpu", *TINY]
     assert arcopo.main([*arguments, "--out", folder / "whole"]) == 0
     plain, calls = arcopo.iterate, []
 
