@@ -1,13 +1,16 @@
 """AR-CoPO: align a streaming, few-step, autoregressive video generator with rewards.
 
     python arcopo.py --steps 100                        the recipe: train two adapters, merge, judge
-    python arcopo.py --method on-policy --steps 100     one training; also semi, off-policy
+    python arcopo.py --method on-policy --steps 100     one adapter; also semi, off-policy
+    python arcopo.py --resume runs/NAME                 continue a run; --steps 200: for longer
     python arcopo.py --sample "a red circle moving right" --adapter runs/NAME/merged
+    torchrun --nproc-per-node=8 arcopo.py --steps 100   each process explores groups of its own
 
 He et al., AR-CoPO: Align Autoregressive Video Generation with Contrastive Policy Optimization,
 arXiv 2603.17461 ("the paper"), built on He et al., Neighbor GRPO, arXiv 2511.16955. The generator
 is a miniature of the one in Self-Forcing, arXiv 2506.08009. The word "Departure" marks each place
-where this file differs from the paper; --help shows the paper's value of a setting.
+where this file differs from the paper; --help shows the paper's value of a setting. The method
+comes first, in the paper's order; the script that runs it follows from "training loop" on.
 
 Symbol          in the paper      here
 L, p            Sec. 3.2          model.chunks; pivot, counted from 0 (from 1 in all output)
@@ -15,7 +18,8 @@ T, t            Sec. 3.2          model.timesteps, and one of them; t_next: 0 af
 F_θ(x_t, h, t)  Eq. 4             model.predict(x_t, t, context)
 h_{p-1}         Alg. 1            Context
 ε*, ε⁽ⁱ⁾, σ, G  Eq. 1             noise.initial, neighbor_noise, sigma, group
-x_t⁽ⁱ⁾, x̂₀⁽ⁱ⁾   Eq. 2, 4          Fork.states, Fork.candidates
+x̂₀⁽ⁱ⁾, x_t⁽ⁱ⁾   Eq. 4, Eq. 2      candidates: clean predictions x̂₀⁽ⁱ⁾ of a consistency model;
+                                  for flow matching the Euler steps, Eq. 2's x_t⁽ⁱ⁾
 x̂₀^(θ), B       Eq. 4, Sec. 3.1   replay, anchors
 d⁽ⁱ⁾, τ, π_θ(i) Eq. 2, 5          surrogate_log_policy, tau (τ₀)
 r⁽ⁱ⁾, A⁽ⁱ⁾      Eq. 3             reward, group_advantages
@@ -28,95 +32,81 @@ Shapes: P prompts, T steps, L chunks, G branches, B anchors, K pairs of a step a
 of a batch, D elements of a chunk x_t [N, *chunk_shape], here [N, frames, 3, height, width].
 """
 
+import argparse
+import csv
+import hashlib
+import json
 import math
+import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    print("loading torch", flush=True)              # takes seconds
+
+import imageio.v3 as iio
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from reward import (ASSETS, CHUNKS, CHUNK_FRAMES, COLOURS, HALVES, JUDGED, JUDGE_PROMPTS,
-                    MOTIONS, RANK, SHAPES, SIZE, TRAIN_PROMPTS, TrainingLog, UserError,
-                    WeightedReward, attributes, check_gif, check_settings, checksum, choose_device,
-                    command, deferred_interrupt, device_name, evaluate, load_buffer, load_reward,
-                    open_run, option, parse_options, parse_rewards, parse_sweep, parse_times,
-                    progress, read_adapter, read_model, read_prompts, report_not_finite,
-                    reward_metrics, run_folder, save_buffer, save_gif, seeded, write_adapter,
-                    write_report)
+import reward as world
+from reward import ASSETS, UserError, WeightedReward
+
+# On CUDA: convolutions in true fp32 (the error of TF32 would reach the clip range of 1e-4), and
+# with deterministic gradients, so that the same seed gives the same numbers.
+torch.backends.cudnn.conv.fp32_precision = "ieee"
+torch.backends.cudnn.deterministic = True
 
 
 # ------------------------------------------------------------------ settings
 
-METHODS = ("on-policy", "semi", "off-policy")
-SECTIONS = {"steps": "training", "buffer_groups": "semi-on-policy and merging", "method": "run",
-            "reward": "reward and evaluation"}               # the first setting of each section
+def option(default, text: str, paper: str = "", choices: tuple = ()):
+    """A setting: its default, its meaning, the paper's value, the values it can have."""
+    return field(default=default, metadata={"text": text, "paper": paper, "choices": choices})
 
 
 @dataclass
-class Training:
-    """Settings of one training: default, meaning, allowed values, the paper's value."""
-    steps: int = option(100, "iterations", "[1, 1e6]", "100")
-    group: int = option(12, "branches G of a fork", "[2, 1024]", "12")
-    sigma: float = option(0.5, "radius σ of the neighbours in noise (Eq. 1)", "(0, 1]", "0.5")
-    anchors: int = option(4, "anchors B of the G candidates (symmetric sampling)", "[1, 1024]", "4")
-    updates: int = option(2, "policy updates per iteration", "[1, 100]", "2")
-    prompts: int = option(4, "prompts P per iteration", "[1, 1000]", "1 on each of 24 GPUs")
-    clip_range: float = option(1e-4, "ε of the ratio clip (Eq. 3); inf: none", "(0, inf]", "1e-4")
+class Method:
+    """Settings of the method, which its functions take. Raises ValueError.
+
+    Known methods as special cases: clip_range = inf is GRPO without the clip, quasi_norm = 0.8 is
+    Neighbor GRPO's advantage, anchors = group is without symmetric anchor sampling.
+    """
+    group: int = option(12, "branches G of a fork", "12")
+    sigma: float = option(0.5, "radius σ of the neighbours in noise (Eq. 1)", "0.5")
+    anchors: int = option(4, "anchors B of the G candidates (symmetric sampling)", "4")
+    updates: int = option(2, "policy updates per iteration", "2")
+    prompts: int = option(4, "prompts P per iteration", "1 on each of 24 GPUs")
+    clip_range: float = option(1e-4, "ε of the ratio clip (Eq. 3); inf: none", "1e-4")
     tau: float = option(0.03, "temperature τ₀ (Eq. 5) of squared distances averaged over a chunk's "
-                        "D elements; the paper's, of their sum, is D times this", "(0, 1e6]")
+                        "D elements; the paper's, of their sum, is D times this")
     quasi_norm: float = option(0.0, "p of the quasi-norm of the advantages; 0: standard deviation",
-                               "[0.1, 2]", "0.8 in Neighbor GRPO")
-    floor: float = option(0.02, "lower bound of σ_r (Eq. 3), in the reward's unit", "(0, 1e6]")
-    lr: float = option(1e-4, "learning rate of AdamW", "(0, 1e6]", "1e-5")
-    rank: int = option(16, "rank r of the LoRA adapter", "[1, 4096]", "64")
-    alpha: float = option(32.0, "α of the LoRA adapter, scaled by α/r", "(0, 1e6]", "128")
-    targets: str = option(".*", "regular expression of the linear layers that get LoRA", "regex")
-    micro: int = option(0, "most rows in a batch of the generator; 0: all, but 48 in judging",
-                       "[0, 1e6]")
+                               "0.8 in Neighbor GRPO")
+    floor: float = option(0.02, "lower bound of σ_r (Eq. 3), in the reward's unit")
+    micro: int = option(0, "most rows in a batch of the generator; 0: all, but 48 in judging")
 
-
-@dataclass
-class Settings(Training):
-    """Every setting of the command line. Raises UserError."""
-    buffer_groups: int = option(100, "rollout groups in the buffer", "[1, 1e4]", "100")
-    buffer: str = option("", "buffer.safetensors of an earlier run instead of collecting one")
-    buffer_lr: float = option(1e-3, "learning rate of AdamW with the buffer", "(0, 1e6]", "1e-5")
-    buffer_reward: str = option("ta=1", "rewards of the buffer, as --reward", paper="TA")
-    sweep: str = option("0.4,0.6,0.8,1", "strengths s of the on-policy adapter", paper="0.4 to 1")
-
-    method: str = option("", "train one adapter instead of the whole recipe", " | ".join(METHODS))
-    sample: str = option("", "stream one clip of this prompt to --out (a .gif) instead")
-    adapter: str = option("", "with --sample: the folder of the adapter to apply")
-    out: str = option("", "run folder [runs/DATE-TIME]; with --sample the GIF [clip.gif]")
-    resume: str = option("", "resume the run in this folder, with its settings")
-    save_every: int = option(20, "iterations between checkpoints", "[1, 1e6]")
-    base: str = option("", "weights of the base generator [assets/base.safetensors]")
-    timesteps: str = option("", "sampler times, falling from 1, as 1,0.5,0.25,0.1 [the base's]")
-    prompts_file: str = option("", "training prompts, one per line [the world's 96]")
-    seed: int = option(0, "seed of training, sampling and judging", "[0, 9e18]")
-    device: str = option("auto", "cpu, cuda, cuda:1 ...; auto is cuda if there is one")
-    precision: str = option("fp32", "or bf16: autocast; its rounding exceeds the clip range",
-                            "fp32 | bf16")
-
-    reward: str = option("ta=1,vq=1,mq=1", "weights of ta, vq, mq (text alignment, visual, motion "
-                         "quality), hps, aesthetic, module:function", paper="VideoAlign's, 1 each")
-    clip: str = option("", "open_clip model of ta, vq, mq: ARCH:TAG, ARCH:FILE or a folder, as "
-                       "ViT-B-32:laion2b_s34b_b79k [assets/clip]")
-    judge_prompts: str = option("held-out", "held-out, or training: 24 of the training prompts, to "
-                                "choose settings on", " | ".join(JUDGE_PROMPTS))
-    judge_samples: int = option(8, "clips per prompt in the final table", "[1, 100]")
-    judge_every: int = option(20, "iterations between points of the curve", "[1, 1e6]")
-
-    __post_init__ = check_settings
+    def __post_init__(self):
+        for f in fields(self):
+            value, least = getattr(self, f.name), "0 or more" if f.default == 0 else "above 0"
+            finite = f.name == "clip_range" or value != math.inf
+            if f.type in (int, float) and not (finite and (value > 0 or value == f.default == 0)):
+                raise ValueError(f"{f.name} {value}: must be {least}")
+        for name, largest in (("sigma", 1), ("quasi_norm", 2), ("anchors", self.group)):
+            if getattr(self, name) > largest:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at most {largest}")
 
 
 # ------------------------------------------------------------------ generator
@@ -136,7 +126,11 @@ class Context(NamedTuple):
 
 
 class Block(nn.Module):
-    """Attention and MLP, modulated by time and prompt (adaLN with a table per block, as in Wan)."""
+    """Attention and MLP, modulated by time and prompt (adaLN with a table per block, as in Wan).
+
+    The attention is explicit, as the backward of torch's scaled_dot_product_attention is not
+    deterministic on CUDA.
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -147,21 +141,22 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, modulation: Tensor, past: Tensor) -> tuple[Tensor, tuple]:
-        """x [N, M, W], modulation [N, 6, W], past [N, 2, heads, tokens, W/heads] -> x, (k, v)."""
+    def forward(self, x: Tensor, modulation: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        """x [N, M, W], modulation [N, 6, W], past [N, 2, heads, tokens, W/heads] -> x, and the new
+        keys and values [N, 2, heads, M, W/heads]."""
         N, M, W = x.shape                                               # rows, tokens, width
         table = (modulation + self.table)[:, :, None]
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(1)  # [N, 1, W]
         y = F.layer_norm(x, (W,)) * (1 + scale1) + shift1
         q, k, v = self.qkv(y).view(N, M, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = (F.rms_norm(z, z.shape[-1:]).to(v.dtype) for z in (q, k))    # [N, heads, M, W/heads]
-        new = k, v
-        k, v = (torch.cat([old.to(z.dtype), z], 2) for old, z in zip(past.unbind(1), new))
-        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5           # [N, heads, M, past + M]
-        y = (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).reshape(N, M, W)
+        q, k = (F.rms_norm(z, z.shape[-1:]) for z in (q, k))            # [N, heads, M, W/heads]
+        keys = torch.cat([past[:, 0], k], 2)                            # [N, heads, past + M, ...]
+        values = torch.cat([past[:, 1], v], 2)
+        scores = q @ keys.transpose(-1, -2) / q.shape[-1] ** 0.5        # [N, heads, M, past + M]
+        y = (scores.softmax(-1) @ values).transpose(1, 2).reshape(N, M, W)
         x = x + gate1 * self.out(y)
         y = F.layer_norm(x, (W,)) * (1 + scale2) + shift2
-        return x + gate2 * self.down(F.gelu(self.up(y))), new
+        return x + gate2 * self.down(F.gelu(self.up(y))), torch.stack([k, v], 1)
 
 
 class Generator(nn.Module):
@@ -174,7 +169,6 @@ class Generator(nn.Module):
     timesteps                             the T sampler times as floats, from 1 down, 0 excluded
     chunk_shape, chunks                   shape of a latent chunk (any number of axes), and L
     flow                                  False: consistency model; True: flow matching, Euler steps
-    solver_steps                          re-noisings per chunk: T - 1, or 0 with flow
     device                                where its tensors are
 
     x_t = (1 - t) x₀ + t ε, so t = 1 is pure noise; `timesteps` include a scheduler's shift.
@@ -186,18 +180,19 @@ class Generator(nn.Module):
     `fingerprint`, a hash of the weights, so that an adapter of other weights is refused.
     """
 
-    chunk_shape, chunks, fingerprint = (CHUNK_FRAMES, 3, SIZE, SIZE), CHUNKS, ""
+    chunk_shape, chunks = (world.CHUNK_FRAMES, 3, world.SIZE, world.SIZE), world.CHUNKS
+    fingerprint = ""
 
     def __init__(self, width: int = 256, layers: int = 5, heads: int = 4,
-                 timesteps: tuple = TIMESTEPS, flow: bool = False, bf16: bool = False):
+                 timesteps: tuple = TIMESTEPS, flow: bool = False):
         super().__init__()
         self.width, self.layers, self.heads = width, layers, heads
-        self.timesteps, self.flow, self.bf16 = tuple(timesteps), flow, bf16
-        self.tokens = (SIZE // PATCH) ** 2      # of a chunk: a patch spans its frames
-        channels = CHUNK_FRAMES * 3
+        self.timesteps, self.flow = tuple(timesteps), flow
+        self.tokens = (world.SIZE // PATCH) ** 2        # of a chunk: a patch spans its frames
+        channels = world.CHUNK_FRAMES * 3
         self.patch = nn.Linear(channels * PATCH**2, width)
-        self.position = nn.Parameter(0.02 * torch.randn(CHUNKS, self.tokens, width))
-        self.word = nn.Embedding(len(COLOURS) + len(SHAPES) + len(MOTIONS), width)
+        self.position = nn.Parameter(0.02 * torch.randn(world.CHUNKS, self.tokens, width))
+        self.word = nn.Embedding(sum(map(len, world.WORDS)), width)
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
@@ -213,12 +208,9 @@ class Generator(nn.Module):
     def device(self) -> torch.device:
         return self.position.device
 
-    @property
-    def solver_steps(self) -> int:
-        return 0 if self.flow else len(self.timesteps) - 1
-
     def begin(self, prompts: list[str]) -> Context:
-        ids = attributes(prompts) + torch.tensor([0, len(COLOURS), len(COLOURS) + len(SHAPES)])
+        colours, shapes, motions = map(len, world.WORDS)
+        ids = world.attributes(prompts) + torch.tensor([0, colours, colours + shapes])
         words, N = self.word(ids.to(self.device)).sum(1), len(prompts)
         empty = words.new_zeros(N, self.layers, 2, self.heads, 0, self.width // self.heads)
         return Context(words, empty)
@@ -227,64 +219,87 @@ class Generator(nn.Module):
         return self(x_t, t, context)[0]
 
     def extend(self, context: Context, x0: Tensor) -> Context:
-        new = torch.stack([torch.stack(kv, 1) for kv in self(x0, 0.0, context)[1]], 1)
-        return Context(context.words, torch.cat([context.kv.to(new.dtype), new], 4))
+        new = self(x0, 0.0, context)[1]
+        return Context(context.words, torch.cat([context.kv, new], 4))
 
     @staticmethod
     def decode(latents: Tensor) -> Tensor:
         """Pixels [N, L, *chunk_shape] in [-1, 1] -> [N, FRAMES, 3, SIZE, SIZE] in [0, 1]."""
         return (latents.flatten(1, 2).float() / 2 + 0.5).clamp(0, 1)
 
-    def forward(self, x: Tensor, t: float | Tensor, context: Context) -> tuple[Tensor, list]:
-        """x [N, *chunk_shape] at times t, a float or [N] -> x̂₀ like x, and the layers' (k, v)."""
-        N, side = len(x), SIZE // PATCH
+    def forward(self, x: Tensor, t: float | Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """x [N, *chunk_shape] at times t, a float or [N] -> x̂₀ like x, and its keys and values
+        [N, layers, 2, heads, tokens, head width]."""
+        N, side = len(x), world.SIZE // PATCH
         p = context.kv.shape[4] // self.tokens                          # which chunk x is
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            t = t if isinstance(t, Tensor) else x.new_full((N,), t, dtype=torch.float32)
-            frequency = torch.exp(-math.log(1e4) / 128 * torch.arange(128, device=x.device))
-            angle = 1000 * t[:, None] * frequency
-            condition = self.time(torch.cat([angle.cos(), angle.sin()], -1)) + context.words
-            modulation = self.modulation(condition).view(N, 6, self.width)
-            y = x.reshape(N, -1, side, PATCH, side, PATCH).permute(0, 2, 4, 1, 3, 5)
-            y = self.patch(y.reshape(N, self.tokens, -1))               # [N, M, W]
-            y = y + self.position[p] + context.words[:, None]
-            kv = []
-            for block, past in zip(self.blocks, context.kv.unbind(1)):
-                y, new = block(y, modulation, past)
-                kv.append(new)
-            shift, scale = (condition[:, None] + self.table)[:, :, None].unbind(1)
-            y = self.head(F.layer_norm(y, (self.width,)) * (1 + scale) + shift).float()
+        t = t if isinstance(t, Tensor) else x.new_full((N,), t, dtype=torch.float32)
+        frequency = torch.exp(-math.log(1e4) / 128 * torch.arange(128, device=x.device))
+        angle = 1000 * t[:, None] * frequency
+        condition = self.time(torch.cat([angle.cos(), angle.sin()], -1)) + context.words
+        modulation = self.modulation(condition).view(N, 6, self.width)
+        y = x.reshape(N, -1, side, PATCH, side, PATCH).permute(0, 2, 4, 1, 3, 5)
+        y = self.patch(y.reshape(N, self.tokens, -1))                   # [N, M, W]
+        y = y + self.position[p] + context.words[:, None]
+        kv = []
+        for block, past in zip(self.blocks, context.kv.unbind(1)):
+            y, new = block(y, modulation, past)
+            kv.append(new)
+        shift, scale = (condition[:, None] + self.table)[:, :, None].unbind(1)
+        y = self.head(F.layer_norm(y, (self.width,)) * (1 + scale) + shift).float()
         y = y.view(N, side, side, -1, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
-        y = y.reshape(N, -1, SIZE, SIZE)                                # the frames, from patches
-        return (y + self.smooth(y)).view(x.shape), kv
+        y = y.reshape(N, -1, world.SIZE, world.SIZE)                    # the frames, from patches
+        return (y + self.smooth(y)).view(x.shape), torch.stack(kv, 1)
 
 
-def load_generator(file: str | Path = "", device: str | torch.device = "cpu", bf16: bool = False,
-                   timesteps: str = "") -> Generator:
+def load_generator(file: str | Path = "", device: str | torch.device = "cpu",
+                   timesteps: tuple = ()) -> Generator:
     """A frozen base, sampled at its own timesteps or at others. Raises UserError."""
-    model = read_model(Generator, file or ASSETS / "base.safetensors", bf16=bf16)
-    model.timesteps = parse_times(timesteps) if timesteps else model.timesteps
+    file = Path(file or ASSETS / "base.safetensors")
+    try:
+        with safe_open(str(file), "pt") as f:
+            shape = json.loads(f.metadata()["arcopo"])["record"]["generator"]
+        model = Generator(**shape)
+        model.load_state_dict({name: x.float() for name, x in load_file(file).items()})
+    except Exception as error:      # safetensors raises a kind of its own
+        raise UserError(f"--base {file}: not a generator of studies.pretrain ({error})") from error
+    model.fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    model.timesteps = tuple(timesteps) or model.timesteps
     return model.to(device).requires_grad_(False)
 
 
 # ------------------------------------------------------------------ sampler
 
+def seeded(seed: int, *stream: str | int) -> torch.Generator:
+    """A random generator for (seed, *stream), on the CPU: the same noise on every device.
+
+    A hash of them fills the whole state of the Mersenne Twister, 624 words, so that no two streams
+    overlap: manual_seed would keep 32 bits of the hash.
+    """
+    generator = torch.Generator()
+    state = generator.get_state()
+    words = hashlib.shake_256(repr((seed, *stream)).encode()).digest(4 * 624)
+    words = torch.frombuffer(bytearray(words), dtype=torch.uint32).long().view(torch.uint8)
+    state[24 : 24 + len(words)] = words             # after the seed and two counters
+    return generator.set_state(state)
+
+
 class Noise(NamedTuple):
     """All noise of a rollout, drawn before it starts."""
-    initial: Tensor         # [N, L, *chunk_shape]                   ε_p, where chunk p starts
-    solver: Tensor          # [N, L, solver_steps, *chunk_shape]     re-noises x̂₀ between steps
+    initial: Tensor         # [N, L, *chunk_shape]          ε_p, where chunk p starts
+    solver: Tensor          # [N, L, T - 1, *chunk_shape]   re-noises x̂₀ between steps; flow: empty
 
     def repeat(self, times: int) -> "Noise":
         return Noise(*(x.repeat_interleave(times, 0) for x in self))
 
 
 def draw_noise(model: Generator, rows: int, rng: torch.Generator) -> Noise:
-    shape = rows, model.chunks, 1 + model.solver_steps, *model.chunk_shape
+    solver_steps = 0 if model.flow else len(model.timesteps) - 1
+    shape = rows, model.chunks, 1 + solver_steps, *model.chunk_shape
     noise = torch.randn(shape, generator=rng).to(model.device)
     return Noise(noise[:, :, 0], noise[:, :, 1:])
 
 
-def comparison_point(model: Generator, x_t: Tensor, x0: Tensor, t, t_next) -> Tensor:
+def candidate(model: Generator, x_t: Tensor, x0: Tensor, t, t_next) -> Tensor:
     """The point whose distances are compared. Consistency model: the clean prediction x̂₀ (Eq. 4).
     Flow matching: x_t at t_next, an Euler step of the ODE (Eq. 2)."""
     return x0 + t_next / t * (x_t - x0) if model.flow else x0
@@ -295,17 +310,19 @@ def denoise(model: Generator, context: Context, initial: Tensor,
     """One chunk from its noise in T steps. Consistency model, as Self-Forcing samples: predict x̂₀,
     re-noise it to the next time. Flow matching: Euler steps.
 
-    initial [N, *chunk_shape], solver [N, solver_steps, *chunk_shape] -> states x_t and comparison
-    points, both [N, T, *chunk_shape]; the last comparison point is the finished chunk.
+    initial [N, *chunk_shape], solver [N, T - 1, *chunk_shape] -> states x_t and candidates, both
+    [N, T, *chunk_shape]; the last candidate is the finished chunk.
     """
-    x_t, states, points = initial, [], []
+    x_t, states, candidates = initial, [], []
     for i, (t, t_next) in enumerate(zip(model.timesteps, (*model.timesteps[1:], 0.0))):
         states.append(x_t)
         x0 = model.predict(x_t, t, context).float()
-        points.append(comparison_point(model, x_t, x0, t, t_next))
-        if t_next > 0:
-            x_t = points[-1] if model.flow else (1 - t_next) * points[-1] + t_next * solver[:, i]
-    return torch.stack(states, 1), torch.stack(points, 1)
+        candidates.append(candidate(model, x_t, x0, t, t_next))
+        if t_next > 0 and model.flow:
+            x_t = candidates[-1]
+        elif t_next > 0:
+            x_t = (1 - t_next) * x0 + t_next * solver[:, i]
+    return torch.stack(states, 1), torch.stack(candidates, 1)
 
 
 @torch.no_grad()
@@ -315,10 +332,10 @@ def rollout(model: Generator, context: Context, noise: Noise, start: int,
     (without the clip's last chunk, as nothing follows it)."""
     chunks = torch.empty_like(noise.initial[:, start:stop])
     for p in range(start, stop):
-        points = denoise(model, context, noise.initial[:, p], noise.solver[:, p])[1]
-        chunks[:, p - start] = points[:, -1]
+        candidates = denoise(model, context, noise.initial[:, p], noise.solver[:, p])[1]
+        chunks[:, p - start] = candidates[:, -1]
         if p + 1 < model.chunks:
-            context = model.extend(context, points[:, -1])
+            context = model.extend(context, candidates[:, -1])
     return chunks, context
 
 
@@ -331,43 +348,46 @@ def sample(model: Generator, prompts: list[str], noise: Noise) -> Tensor:
 # ------------------------------------------------------------------ fork
 
 class Fork(NamedTuple):
-    """P groups of G branches at the pivot chunk: what an update needs of them."""
+    """P groups of G branches at the pivot chunk. replay reads context and states, update reads the
+    candidates; prompts and prefix are for the buffer, which recomputes the context from them."""
     prompts: list[str]
     prefix: Tensor          # [P, pivot, *chunk_shape]    finished chunks before the pivot
     context: Context        # h_{p-1}, P rows
-    states: Tensor          # [P, T, G, *chunk_shape]     x_t⁽ⁱ⁾; the first is ε_p⁽ⁱ⁾
-    candidates: Tensor      # [P, T, G, *chunk_shape]     x̂₀,t⁽ⁱ⁾ (comparison_point); last: x_p⁽ⁱ⁾
+    states: Tensor          # [P, T, G, *chunk_shape]     x_t⁽ⁱ⁾, the network's input; first ε_p⁽ⁱ⁾
+    candidates: Tensor      # [P, T, G, *chunk_shape]     x̂₀⁽ⁱ⁾ of each step; the last is x_p⁽ⁱ⁾
 
 
 @torch.no_grad()
 def fork(model: Generator, prompts: list[str], pivot: int, noise: Noise, initial: Tensor,
          solver: Tensor, micro: int = 0) -> tuple[Fork, Tensor]:
-    """Algorithm 1, lines 2, 3 and 5 -> the Fork, and the clips [P, G, FRAMES, 3, SIZE, SIZE].
+    """Algorithm 1, lines 2, 3 and 5 -> the Fork, and the clips [P, G, ...] as model.decode's.
 
-    initial [P, G, *chunk_shape] and solver [P, G, solver_steps, *chunk_shape] are the branches'
-    noise of the pivot chunk (Method.branch_noise): the only place where branches can differ. The
-    noise of all other chunks is shared (`noise`, P rows): controlled noise sharing. AR-CoPO
-    perturbs initial and shares solver too. micro: at most this many rows at a time; 0: all.
+    initial [P, G, *chunk_shape] and solver [P, G, T - 1, *chunk_shape] are the branches' noise of
+    the pivot chunk, the only place where branches can differ: the noise of all other chunks is
+    shared (`noise`, P rows), the paper's controlled noise sharing. AR-CoPO perturbs initial and
+    shares solver too. micro: at most this many rows at a time; 0: all.
     """
-    P, parts = len(initial), []
+    P, G = initial.shape[:2]
     prefix, context = rollout(model, model.begin(prompts), noise, 0, pivot)         # line 2, P rows
-    size = max(1, micro // P) if micro else initial.shape[1]
-    for some, own_solver in zip(initial.split(size, 1), solver.split(size, 1)):
-        n = some.shape[1]
+    states = initial.new_empty(P, len(model.timesteps), G, *model.chunk_shape)
+    candidates, clips = torch.empty_like(states), []
+    size = max(1, micro // P) if micro else G
+    for i in range(0, G, size):
+        n = min(size, G - i)                                                        # branches
         branch = context.repeat(n)                                                  # line 3
-        states, points = denoise(model, branch, some.flatten(0, 1), own_solver.flatten(0, 1))
-        chunks = [prefix.repeat_interleave(n, 0), points[:, -1:]]
+        x_t, x0 = denoise(model, branch, initial[:, i : i + n].flatten(0, 1),
+                          solver[:, i : i + n].flatten(0, 1))                       # [P n, T, ...]
+        states[:, :, i : i + n] = x_t.unflatten(0, (P, n)).transpose(1, 2)
+        candidates[:, :, i : i + n] = x0.unflatten(0, (P, n)).transpose(1, 2)
+        latents = x0.new_empty(P * n, model.chunks, *model.chunk_shape)
+        latents[:, :pivot] = prefix.repeat_interleave(n, 0)
+        latents[:, pivot] = x0[:, -1]
         if pivot + 1 < model.chunks:                                                # line 5
-            branch = model.extend(branch, points[:, -1])
-            chunks += rollout(model, branch, noise.repeat(n), pivot + 1, model.chunks)[:1]
-        latents = torch.cat(chunks, 1)
-        broken = ~torch.cat([latents, points], 1).isfinite().flatten(1).all(1)
-        latents[broken], states[broken], points[broken] = math.nan, 0.0, 0.0
-        parts.append([x.unflatten(0, (P, n)) for x in (states, points, model.decode(latents))])
-    # A branch that is not finite has no reward (explore). Its zeros keep the distances of its group
-    # finite. It may still be drawn as an anchor.
-    states, points, clips = (torch.cat(part, 1) for part in zip(*parts))
-    return Fork(prompts, prefix, context, states.transpose(1, 2), points.transpose(1, 2)), clips
+            branch = model.extend(branch, x0[:, -1])
+            latents[:, pivot + 1 :] = rollout(model, branch, noise.repeat(n), pivot + 1,
+                                              model.chunks)[0]
+        clips.append(model.decode(latents).unflatten(0, (P, n)))
+    return Fork(prompts, prefix, context, states, candidates), torch.cat(clips, 1)
 
 
 # ------------------------------------------------------------------ objective (pure functions)
@@ -381,8 +401,6 @@ def neighbor_noise(base: Tensor, sigma: float, group: int,
     """
     if not 0 <= sigma <= 1:
         raise ValueError(f"sigma must be in [0, 1], got {sigma}")
-    if sigma == 0:
-        return base.expand(group, *base.shape)
     device = rng.device if rng else base.device
     delta = torch.randn(group, *base.shape, generator=rng, device=device).to(base)
     return (1 - sigma**2) ** 0.5 * base + sigma * delta
@@ -391,11 +409,13 @@ def neighbor_noise(base: Tensor, sigma: float, group: int,
 def group_advantages(rewards: Tensor, power: float = 0.0, floor: float = 1e-6) -> Tensor:
     """A⁽ⁱ⁾ = (r⁽ⁱ⁾ - r̄) / σ_r over the last axis (Eq. 3), σ_r without Bessel's correction.
 
-    rewards [..., G] -> [..., G]. With power p in (0, 2]: the quasi-norm A / (Σ|A|^p)^{1/p}
-    (Neighbor GRPO Eq. 11, p = 0.8); p = 2 is A / √G. Departure: below `floor`, σ_r is replaced by
-    it (the quasi-norm's result is scaled by σ_r / floor), so that a nearly flat group counts
-    little. A reward that is not finite is left out of r̄ and σ_r, and its advantage is 0.
+    rewards [..., G] -> [..., G] in float32 at least. With power p in (0, 2]: the quasi-norm
+    A / (Σ|A|^p)^{1/p} (Neighbor GRPO Eq. 11, p = 0.8); p = 2 is A / √G. Departure: below `floor`,
+    σ_r is replaced by it (the quasi-norm's result is scaled by σ_r / floor), so that a nearly flat
+    group counts little. A reward that is not finite is left out of r̄ and σ_r, and its advantage
+    is 0.
     """
+    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     finite = rewards.isfinite()
     count = finite.sum(-1, keepdim=True).clamp_min(1)
     least = rewards.where(finite, math.inf).amin(-1, keepdim=True)
@@ -434,6 +454,9 @@ def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip_range: float) 
 
 # ------------------------------------------------------------------ adapter
 
+PEFT = "base_model.model."                          # before the layer's name in peft's files
+
+
 class Adapter:
     """LoRA next to linear layers: y = W x + (α/r) B A x (Hu et al. 2021); B starts at zero.
 
@@ -449,7 +472,7 @@ class Adapter:
     @classmethod
     def new(cls, model: nn.Module, rank: int, alpha: float,
             rng: torch.Generator | None = None, targets: str = ".*") -> "Adapter":
-        """targets: regular expression of whole layer names. Raises UserError if none matches."""
+        """targets: regular expression of whole layer names. Raises ValueError if none matches."""
         weights = {}
         for name, layer in model.named_modules():
             if isinstance(layer, nn.Linear) and re.fullmatch(targets, name):
@@ -457,7 +480,7 @@ class Adapter:
                 A, B = A / layer.in_features**0.5, torch.zeros(layer.out_features, rank)
                 weights[name] = tuple(z.to(layer.weight.device).requires_grad_() for z in (A, B))
         if not weights:
-            raise UserError(f"--targets {targets}: no nn.Linear layer of the model has such a name")
+            raise ValueError(f"targets {targets}: no nn.Linear layer of the model has such a name")
         return cls(weights, alpha)
 
     def parameters(self) -> list[Tensor]:
@@ -477,14 +500,49 @@ class Adapter:
                 hooks.enter_context(layer.register_forward_hook(partial(add, *pair)))
             yield model
 
-    def save(self, folder: str | Path, record: dict) -> None:
-        """In peft's format; the record, of which load checks base and timesteps, in the header."""
-        write_adapter(Path(folder), self.weights, self.rank, self.alpha, record)
+    def save(self, folder: str | Path, model: nn.Module) -> None:
+        """In peft's format. The header says which base and sampler times it was trained with."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{PEFT}{name}.lora_{letter}.weight": z.detach().cpu().contiguous()
+                   for name, pair in self.weights.items() for letter, z in zip("AB", pair)}
+        save_file(tensors, folder / "adapter_model.safetensors",
+                  {"arcopo": json.dumps(trained_on(model))})
+        config = {"peft_type": "LORA", "r": self.rank, "lora_alpha": self.alpha, "bias": "none",
+                  "target_modules": "|".join(map(re.escape, self.weights)), "lora_dropout": 0.0}
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path, model: nn.Module) -> "Adapter":
-        """Raises UserError: missing, broken, or made for another base or other times."""
-        return cls(*read_adapter(Path(folder), model))
+        """Trainable. Raises UserError: missing, broken, of another base or other sampler times."""
+        folder = Path(folder)
+        file = folder / "adapter_model.safetensors"
+        if not file.exists():
+            there = ", ".join(str(found.parent) for found in folder.glob("*/" + file.name))
+            raise UserError(f"--adapter {folder}: no adapter there" + (there and f"; try {there}"))
+        try:
+            with safe_open(str(file), "pt") as f:
+                found = json.loads((f.metadata() or {}).get("arcopo", "{}"))
+            alpha = json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
+            tensors, weights = load_file(file), {}
+            for name in dict.fromkeys(key[len(PEFT) :].split(".lora_")[0] for key in tensors):
+                layer = model.get_submodule(name)
+                A, B = (tensors[f"{PEFT}{name}.lora_{letter}.weight"] for letter in "AB")
+                if (A.shape[1], B.shape[0]) != (layer.in_features, layer.out_features):
+                    raise ValueError(f"{name} has another size")
+                weights[name] = tuple(z.to(layer.weight.device).requires_grad_() for z in (A, B))
+        except Exception as error:      # safetensors raises a kind of its own
+            raise UserError(f"--adapter {folder}: not an adapter of this base ({error})") from error
+        for name, option_name in (("base", "--base"), ("timesteps", "--timesteps")):
+            if found.get(name) != trained_on(model)[name]:
+                raise UserError(f"--adapter {folder}: was trained with {name} {found.get(name)}, "
+                                f"not {trained_on(model)[name]}; name it with {option_name}")
+        return cls(weights, alpha)
+
+
+def trained_on(model: Generator) -> dict:
+    """What adapters and buffers depend on."""
+    return {"base": getattr(model, "fingerprint", ""), "timesteps": list(model.timesteps)}
 
 
 # ------------------------------------------------------------------ replay and update
@@ -499,41 +557,15 @@ def replay(model: Generator, branches: Fork, step: Tensor, anchor: Tensor) -> Te
     t, t_next = times[step].repeat(P), times[step + 1].repeat(P)
     x0 = model.predict(x_t, t, branches.context.repeat(K)).float()
     column = lambda z: z.view(-1, *[1] * (x_t.ndim - 1))
-    return comparison_point(model, x_t, x0, column(t), column(t_next)).unflatten(0, (P, K))
+    return candidate(model, x_t, x0, column(t), column(t_next)).unflatten(0, (P, K))
 
 
-def recorded(model: Generator, branches: Fork, step: Tensor, anchor: Tensor) -> Tensor:
-    """As replay, what the rollout itself predicted from these states."""
-    return branches.candidates[:, step, anchor]
-
-
-@dataclass
-class Method(Training):
-    """One training. On-policy AR-CoPO (Sec. 3.2); semi-on-policy: buffered; off-policy: buffered,
-    clip_range inf. A subclass can explore in another way, or define another policy."""
-    buffered: bool = False      # groups from the fixed buffer, π_old is the reference (Sec. 3.3)
-
-    def branch_noise(self, noise: Noise, pivot: int,
-                     rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Algorithm 1, line 4: the pivot's noise of each branch, [P, G, *chunk_shape] initial and
-        [P, G, solver_steps, *chunk_shape] solver. Only the initial noise differs."""
-        initial = neighbor_noise(noise.initial[:, pivot], self.sigma, self.group, rng)
-        solver = neighbor_noise(noise.solver[:, pivot], 0.0, self.group)    # σ = 0: shared
-        return initial.transpose(0, 1), solver.transpose(0, 1)
-
-    def draw_pairs(self, T: int, rng: torch.Generator) -> Tensor:
-        """Symmetric anchor sampling: B of the G candidates -> the K = T B pairs of a step and an
-        anchor, [K, 2]. Departure: all prompts of a fork use the same pairs, and so do all updates
-        with it."""
-        anchors = torch.randperm(self.group, generator=rng)[: self.anchors]
-        return torch.cartesian_prod(torch.arange(T), anchors)
-
-    def log_policies(self, model: Generator, branches: Fork, step: Tensor, anchor: Tensor,
-                     predict: Callable = replay) -> Tensor:
-        """Algorithm 1, line 8: replay the pivot chunk -> log π_θ(i | s_t) [P, K, G]."""
-        x = predict(model, branches, step, anchor).flatten(2)           # [P, K, D]
-        candidates = branches.candidates[:, step].flatten(3)            # [P, K, G, D]
-        return surrogate_log_policy(candidates, x, self.tau)
+def draw_pairs(T: int, group: int, anchors: int, rng: torch.Generator) -> Tensor:
+    """Symmetric anchor sampling (Sec. 3.1): B of the G candidates -> all K = T B pairs of a step
+    and an anchor, [K, 2]. Departure: the prompts of a fork share the pairs, and so do its updates.
+    """
+    drawn = torch.randperm(group, generator=rng)[:anchors]
+    return torch.cartesian_prod(torch.arange(T), drawn)
 
 
 def average_(x: Tensor) -> Tensor:
@@ -544,93 +576,103 @@ def average_(x: Tensor) -> Tensor:
     return x
 
 
-def update(model: Generator, adapter: Adapter, branches: Fork, rewards: Tensor, method: Method,
-           optimizer: torch.optim.Optimizer, updates: int, rng: torch.Generator) -> dict:
-    """Algorithm 1, lines 7 to 9: `updates` steps of ascent on J, on the pivot chunk only.
+def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer, branches: Fork,
+           rewards: Tensor, method: Method, rng: torch.Generator,
+           buffered: bool = False) -> dict[str, Tensor]:
+    """Algorithm 1, lines 7 to 9: steps of ascent on J, on the pivot chunk only.
 
-    rewards [P, G] -> tensors replay_error (mean |log π_old - log π of the rollout|: rounding, if
-    replay and rollout agree), ratio_first (mean ρ at the first update; on-policy 1 by definition),
-    clip_fraction (share of terms whose gradient the clip sets to zero, at the last update),
-    grad_norm (mean), skipped (updates that were not finite). No adapter may be on. J is a mean over
-    pairs, so its gradient is summed over slices of method.micro rows, and averaged over processes,
-    which have other groups.
+    On-policy, π_old is the adapter before the first of method.updates steps. buffered: the branches
+    are the reference policy's (Sec. 3.3), which is π_old: one step, and the clip is the trust
+    region around the reference. rewards [P, G]; no adapter may be on. J is a mean over pairs, so
+    its gradient is summed over slices of method.micro rows, and averaged over processes, which have
+    other groups. Returns scalars:
+
+    replay_error     mean |log π_old - log π of the rollout|: rounding, if replay is the rollout
+    ratio_first      mean ρ at the first step; on-policy exactly 1
+    clip_fraction    share of terms whose gradient the clip sets to zero, at the last step
+    grad_norm        mean over steps
+    skipped          steps left out because their gradient was not finite
     """
-    advantages = group_advantages(rewards, method.quasi_norm, method.floor)[:, None]
-    pairs = method.draw_pairs(len(model.timesteps), rng).to(model.device)
-    slices = pairs.split(max(1, method.micro // len(rewards)) if method.micro else len(pairs))
-    norms, ratios, skipped, old = [], [], 0, [None] * len(slices)       # old: log π_old
-    if method.buffered:
-        with torch.no_grad():       # the adapter is off: π_old is π_ref, the clip's trust region
-            old = [method.log_policies(model, branches, *part.T) for part in slices]
-    for _ in range(updates):
+    pairs = draw_pairs(len(model.timesteps), method.group, method.anchors, rng).to(model.device)
+    size = max(1, method.micro // len(rewards)) if method.micro else len(pairs)
+    slices = [(part[:, 0], part[:, 1]) for part in pairs.split(size)]
+    advantages = group_advantages(rewards, method.quasi_norm, method.floor)[:, None]       # line 7
+    usable = rewards.isfinite()[:, :, None]         # [P, G, 1]: else it is no anchor
+
+    def log_policy(step: Tensor, anchor: Tensor) -> Tensor:
+        """Line 8: log π_θ(i | s_t) [P, k, G] for k of the pairs."""
+        x = replay(model, branches, step, anchor).flatten(2)            # [P, k, D]
+        return surrogate_log_policy(branches.candidates[:, step].flatten(3), x, method.tau)
+
+    with torch.no_grad(), nullcontext() if buffered else adapter.on(model):
+        old = [log_policy(*part) for part in slices]        # Departure: π_old is of a replay, as a
+    norms, ratios, skipped = [], [], 0                      # rollout may round differently
+    for _ in range(1 if buffered else method.updates):
         optimizer.zero_grad()
         log_ratios = []
         with adapter.on(model):     # backward too: activation checkpointing runs the model again
-            for i, part in enumerate(slices):
-                log_policy = method.log_policies(model, branches, *part.T)          # line 8
-                if old[i] is None:      # Departure: π_old is of a replay, on-policy of the first,
-                    old[i] = log_policy.detach()        # as a rollout may round differently
-                log_ratio = log_policy - old[i]
-                term = clipped_objective(log_ratio, advantages, method.clip_range)
-                term = term * len(part) / len(pairs)
-                (-term).backward()                                                  # line 9
+            for (step, anchor), log_old in zip(slices, old):
+                log_ratio = log_policy(step, anchor) - log_old
+                J = clipped_objective(log_ratio, advantages * usable[:, anchor], method.clip_range)
+                (-J * len(step) / len(pairs)).backward()                                   # line 9
                 log_ratios.append(log_ratio.detach())
-        ratios.append(torch.cat(log_ratios, 1).exp())
         gradients = [average_(p.grad) for p in adapter.parameters() if p.grad is not None]
         norms.append(nn.utils.get_total_norm(gradients))
+        ratios.append(torch.cat(log_ratios, 1).exp())
         if torch.isfinite(norms[-1]):
             optimizer.step()
         else:
             skipped += 1
-    clipped = ((ratios[-1] - 1) * advantages.sign() > method.clip_range).float()
-    rollouts = [method.log_policies(model, branches, *part.T, recorded) for part in slices]
-    error = (torch.cat(old, 1) - torch.cat(rollouts, 1)).abs().mean()
-    return {"replay_error": error, "ratio_first": ratios[0].mean(), "clip_fraction": clipped.mean(),
+    recorded = branches.candidates[:, pairs[:, 0], pairs[:, 1]].flatten(2)
+    rollouts = surrogate_log_policy(branches.candidates[:, pairs[:, 0]].flatten(3), recorded,
+                                    method.tau)
+    clipped = (ratios[-1] - 1) * advantages.sign() > method.clip_range
+    return {"replay_error": (torch.cat(old, 1) - rollouts).abs().mean(),
+            "ratio_first": ratios[0].mean(), "clip_fraction": clipped.float().mean(),
             "grad_norm": torch.stack(norms).mean(), "skipped": rewards.new_full((), skipped)}
 
 
-# ------------------------------------------------------------------ groups
+# ------------------------------------------------------------------ exploration and buffer
 
 @torch.no_grad()
-def context_after(model: Generator, prompts: list[str], prefix: Tensor) -> Context:
-    """h_{p-1}, recomputed from the finished chunks [P, pivot, *chunk_shape]."""
-    context = model.begin(prompts)
-    for x0 in prefix.unbind(1):
-        context = model.extend(context, x0)
-    return context
-
-
-def explore(model: Generator, method: Method, prompts: list[str], reward: Callable, P: int,
+def explore(model: Generator, method: Method, prompts: list[str], reward: Callable,
             rng: torch.Generator) -> tuple[Fork, dict[str, Tensor]]:
-    """Algorithm 1, lines 1 to 5, for P of the prompts -> Fork, {"reward", ...: [P, G]}.
+    """Algorithm 1, lines 1 to 5, for P = method.prompts of the prompts -> Fork, {"reward", ...:
+    [P, G]}. Raises ValueError if there are fewer prompts.
 
     reward(clips [N, ...] as model.decode gives them, prompts) -> {"reward": [N], others: [N]}.
     Departure: the P prompts share the pivot, so that they run as one batch.
     """
+    P, G = method.prompts, method.group
+    if P > len(prompts):
+        raise ValueError(f"prompts {P}: must be at most {len(prompts)}, the prompts that there are")
     chosen = [prompts[i] for i in torch.randperm(len(prompts), generator=rng)[:P]]
     pivot = int(torch.randint(model.chunks, (), generator=rng))                     # line 1
     noise = draw_noise(model, P, rng)
-    initial, solver = method.branch_noise(noise, pivot, rng)                        # line 4
+    initial = neighbor_noise(noise.initial[:, pivot], method.sigma, G, rng).transpose(0, 1)  # 4
+    solver = noise.solver[:, pivot, None].expand(-1, G, *noise.solver.shape[2:])    # shared
     branches, clips = fork(model, chosen, pivot, noise, initial, solver, method.micro)  # 2, 3, 5
-    scores = reward(clips.flatten(0, 1), [prompt for prompt in chosen for _ in range(method.group)])
-    finite = clips.reshape(P, method.group, -1).isfinite().all(2).cpu()   # else: no advantage
-    scores = {name: x.view(P, -1).to(model.device) for name, x in scores.items()}
-    scores = {name: x.where(finite.to(x.device), math.nan) for name, x in scores.items()}
-    return (branches if finite.any(1).all() else repaired(model, branches, finite)), scores
+    return branches, rewarded(branches, clips, reward)
 
 
-def repaired(model: Generator, branches: Fork, finite: Tensor) -> Fork:
-    """finite [P, G]: which branches are. A prompt with none may have a context of NaN, which would
-    skip the update of all P: it gets the prompt and prefix of another."""
-    rows = torch.where(finite.any(1), torch.arange(len(finite)), finite.sum(1).argmax()).tolist()
-    prompts, prefix = [branches.prompts[i] for i in rows], branches.prefix[rows]
-    context = context_after(model, prompts, prefix)
-    return branches._replace(prompts=prompts, prefix=prefix, context=context)
+def rewarded(branches: Fork, clips: Tensor, reward: Callable) -> dict[str, Tensor]:
+    """The scores [P, G] of the branches' clips [P, G, ...]. A branch that is not finite gets NaN,
+    which is no advantage and no anchor, and zeros in place of its states and candidates."""
+    P, G = clips.shape[:2]
+    scores = reward(clips.flatten(0, 1), [p for p in branches.prompts for _ in range(G)])
+    candidates = branches.candidates.transpose(1, 2).reshape(P, G, -1)
+    finite = (clips.reshape(P, G, -1).isfinite().all(2).to(candidates.device)
+              & candidates.isfinite().all(2))
+    broken = ~finite.view(P, 1, G, *[1] * (branches.states.ndim - 3))
+    branches.states.masked_fill_(broken, 0)
+    branches.candidates.masked_fill_(broken, 0)
+    return {name: x.view(P, G).to(finite.device).where(finite, math.nan)
+            for name, x in scores.items()}
 
 
 Buffer = list[dict]
 """Groups of semi-on-policy training (Sec. 3.3), made once by the reference policy and never
-changed: {"prompt": str, "reward" and its components: [G] and, in half precision, "prefix": [pivot,
+changed: {"prompt": str, "scores": {"reward", ...: [G]} and, in half precision, "prefix": [pivot,
 *chunk_shape], "states", "candidates": [T, G, *chunk_shape]}. draw_from recomputes the context."""
 
 
@@ -639,88 +681,37 @@ def collect_buffer(model: Generator, method: Method, prompts: list[str], reward:
     """`size` groups of the reference policy (no adapter may be on), in CPU memory."""
     buffer = []
     for first in progress(range(0, size, method.prompts), "buffer", unit="batch"):
-        P = min(method.prompts, size - first)
-        branches, scores = explore(model, method, prompts, reward, P, seeded(seed, "buffer", first))
+        branches, scores = explore(model, method, prompts, reward, seeded(seed, "buffer", first))
         for i, prompt in enumerate(branches.prompts):
-            group = {name: getattr(branches, name)[i].half().cpu() for name in HALVES}
-            rewards = {name: x[i].clone().cpu() for name, x in scores.items()}
-            buffer.append({"prompt": prompt} | group | rewards)
-    return buffer
+            halves = {name: getattr(branches, name)[i].half().cpu()
+                      for name in ("prefix", "states", "candidates")}
+            own = {name: x[i].clone().cpu() for name, x in scores.items()}
+            buffer.append({"prompt": prompt, "scores": own} | halves)
+    return buffer[:size]
 
 
+@torch.no_grad()
 def draw_from(buffer: Buffer, model: Generator, P: int,
               rng: torch.Generator) -> tuple[Fork, dict[str, Tensor]]:
     """Up to P random groups, as explore returns them; no adapter may be on.
 
-    Departures: all have the pivot of the first one drawn; tensors were stored in half precision;
-    h_{p-1} is not stored but recomputed from the prefix.
+    Departures: all have the pivot of the first one drawn, so there may be fewer than P; tensors
+    were stored in half precision; h_{p-1} is not stored but recomputed from the prefix.
     """
     shuffled = [buffer[i] for i in torch.randperm(len(buffer), generator=rng)]
     pivot = len(shuffled[0]["prefix"])
     groups = [group for group in shuffled if len(group["prefix"]) == pivot][:P]
-    tensors = {name: torch.stack([group[name] for group in groups]).to(model.device).float()
-               for name in groups[0] if name != "prompt"}
-    prefix, states, candidates = (tensors.pop(x) for x in ("prefix", "states", "candidates"))
+    stack = lambda tensors: torch.stack(tensors).to(model.device).float()
     prompts = [group["prompt"] for group in groups]
-    context = context_after(model, prompts, prefix)
-    return Fork(prompts, prefix, context, states, candidates), tensors      # the rest: rewards
-
-
-# ------------------------------------------------------------------ training
-
-def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer, method: Method,
-            groups: Callable, rng: torch.Generator) -> dict:
-    """One iteration -> a row of metrics. groups(rng) gives what explore returns.
-
-    pivot (from 1), what reward_metrics and update return, and seconds. On-policy, one batch of
-    groups serves all updates (Algorithm 1); from the buffer each update draws its own, and the row
-    has their means; not_finite and skipped are sums over draws. Metrics are means over processes.
-    """
-    began, rows, pivots = time.perf_counter(), [], []
-    draws, updates = (method.updates, 1) if method.buffered else (1, method.updates)
-    for _ in range(draws):
-        with nullcontext() if method.buffered else adapter.on(model):
-            branches, scores = groups(rng)                                          # lines 1 to 5
-        rows.append(reward_metrics(scores, method.floor)
-                    | update(model, adapter, branches, scores["reward"], method, optimizer,
-                             updates, rng))                                         # lines 7 to 9
-        pivots.append(str(branches.prefix.shape[1] + 1))
-    table = torch.stack([torch.stack(list(row.values())) for row in rows])      # [draws, metrics]
-    row = dict(zip(rows[0], average_(table.mean(0)).tolist()))
-    row |= {name: row[name] * draws for name in ("skipped", "not_finite")}      # sums over draws
-    return {"pivot": " ".join(pivots)} | row | {"seconds": time.perf_counter() - began}
-
-
-def align(name: str, model: Generator, method: Method, groups: Callable, point: Callable,
-          judge_every: int, save_every: int, seed: int, folder: Path,
-          record: dict) -> tuple[Adapter, list[dict]]:
-    """Train one adapter, from its checkpoint if there is one -> the adapter, the rows of iterate.
-
-    point() gives the scores of a point of the curve. Writes the adapter with the record to
-    folder/NAME, and the files of TrainingLog.
-    """
-    kind = "buffered" if method.buffered else "explored"    # each kind has its own random numbers
-    adapter = Adapter.new(model, method.rank, method.alpha, seeded(seed, kind, "adapter"),
-                          method.targets)
-    optimizer = torch.optim.AdamW(adapter.parameters(), method.lr, weight_decay=0)
-    log = TrainingLog(folder, name, adapter.parameters(), optimizer)
-    process = (RANK,) if RANK else ()                       # each draws its own groups
-    with deferred_interrupt() as interrupted:
-        for step in log.steps(method.steps):                # step 0 only judges
-            if step > 0:
-                log.add_row(step, iterate(model, adapter, optimizer, method, groups,
-                                          seeded(seed, kind, step, *process)))
-            if step % judge_every == 0 or step == method.steps:
-                with adapter.on(model):
-                    log.add_point(step, point())
-            stop = average_(torch.tensor(float(interrupted()), device=model.device)) > 0
-            if step % save_every == 0 or step == method.steps or stop:
-                adapter.save(folder / name, record | {"method": name, "step": step, "seed": seed,
-                                                      "steps": method.steps})
-                log.save()
-            if stop:
-                raise KeyboardInterrupt
-    return adapter, log.rows
+    prefix = stack([group["prefix"] for group in groups])
+    context = model.begin(prompts)
+    for x0 in prefix.unbind(1):
+        context = model.extend(context, x0)
+    branches = Fork(prompts, prefix, context, stack([group["states"] for group in groups]),
+                    stack([group["candidates"] for group in groups]))
+    scores = {name: stack([group["scores"][name] for group in groups])
+              for name in groups[0]["scores"]}
+    return branches, scores
 
 
 # ------------------------------------------------------------------ merging and the choice of s
@@ -750,7 +741,157 @@ def choose_strength(scores: dict[float, tuple[float, float]],
                 if reward > base[0] and score > base[1]), default=None)
 
 
-# ------------------------------------------------------------------ evaluation
+# ------------------------------------------------------------------ training loop
+
+RANK = int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0    # only rank 0 writes
+progress = partial(tqdm, disable=RANK > 0)
+
+
+def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer, method: Method,
+            prompts: list[str], reward: Callable, rng: torch.Generator) -> dict:
+    """One iteration of Algorithm 1: explore once, update method.updates times -> metrics, means
+    over processes: pivot (from 1), those of reward_metrics and update, seconds."""
+    began = time.perf_counter()
+    with adapter.on(model):
+        branches, scores = explore(model, method, prompts, reward, rng)             # lines 1 to 5
+    row = reward_metrics(scores, method.floor)
+    row |= update(model, adapter, optimizer, branches, scores["reward"], method, rng)   # 7 to 9
+    return metrics([row], [branches], began)
+
+
+def iterate_buffered(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
+                     method: Method, buffer: Buffer, rng: torch.Generator) -> dict:
+    """One iteration of semi-on-policy training (Sec. 3.3): method.updates times, draw groups from
+    the buffer and update once -> metrics as iterate's, means over draws; skipped and not_finite are
+    sums. With clip_range = inf it is the paper's off-policy baseline."""
+    began, rows, drawn = time.perf_counter(), [], []
+    for _ in range(method.updates):
+        branches, scores = draw_from(buffer, model, method.prompts, rng)
+        row = reward_metrics(scores, method.floor)
+        row |= update(model, adapter, optimizer, branches, scores["reward"], method, rng,
+                      buffered=True)
+        rows.append(row)
+        drawn.append(branches)
+    return metrics(rows, drawn, began)
+
+
+def reward_metrics(scores: dict[str, Tensor], floor: float) -> dict[str, Tensor]:
+    """scores {"reward", ...: [P, G]} -> their means over finite values; not_finite: rewards left
+    out; deviation: of the reward in a group; flat_groups: share with a deviation below the floor"""
+    scores = {name: x.where(x.isfinite(), math.nan) for name, x in scores.items()}
+    reward = scores["reward"]
+    deviation = (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
+    flat = ~(deviation >= floor)                    # NaN, of a group without rewards, too
+    return {name: x.nanmean() for name, x in scores.items()} | {
+        "not_finite": reward.isnan().float().sum(), "deviation": deviation.nanmean(),
+        "flat_groups": flat.float().mean()}
+
+
+def metrics(rows: list[dict[str, Tensor]], drawn: list[Fork], began: float) -> dict:
+    """A row for the CSV from the rows of an iteration's draws."""
+    table = torch.stack([torch.stack(list(row.values())) for row in rows])      # [draws, metrics]
+    row = dict(zip(rows[0], average_(table.mean(0)).tolist()))
+    row |= {name: row[name] * len(rows) for name in ("skipped", "not_finite")}
+    pivots = " ".join(str(branches.prefix.shape[1] + 1) for branches in drawn)
+    return {"pivot": pivots} | row | {"seconds": time.perf_counter() - began}
+
+
+def save_whole(content, file: Path) -> None:
+    """torch.save by rank 0, all or nothing: whatever ends the process leaves the old file or the
+    new one."""
+    if RANK == 0:
+        part = file.with_name(file.name + ".part")
+        torch.save(content, part)
+        os.replace(part, file)
+
+
+def append_csv(file: Path, row: dict) -> None:
+    if RANK == 0:
+        new = not file.exists()
+        with open(file, "a", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, row, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+def cut_csv(file: Path, keep: Callable[[int], bool]) -> None:
+    """Leave the header and the whole rows of steps that `keep` is true for."""
+    if RANK == 0 and file.exists():
+        header, *rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        rows = [row for row in rows if row.endswith("\n") and keep(int(row.split(",")[0]))]
+        file.write_text("".join([header, *rows]), encoding="utf-8")
+
+
+def load_or_collect(folder: Path, settings: "Settings", model: Generator,
+                    reward: Callable) -> Buffer:
+    """The buffer of the run or of --buffer; if there is none, it is collected and saved. Raises
+    UserError if it was made with anything else."""
+    file = Path(settings.buffer or folder / "buffer.pt")
+    about = trained_on(model) | {name: getattr(settings, name) for name in
+                                 ("group", "sigma", "clip", "buffer_reward")}
+    if settings.buffer or file.exists():
+        try:
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            found = saved["about"]
+        except Exception as error:      # torch raises a dozen kinds
+            raise UserError(f"--buffer {file}: not a buffer of this program ({error})") from error
+        for name in about:
+            if found[name] != about[name]:
+                raise UserError(f"--buffer {file}: made with {name} {found[name]}, not "
+                                f"{about[name]}; leave out --buffer to collect one")
+        return saved["groups"]
+    buffer = collect_buffer(model, settings, world.TRAIN_PROMPTS, reward, settings.buffer_groups,
+                            settings.seed)
+    save_whole({"about": about, "groups": buffer}, file)
+    return buffer
+
+
+def train(name: str, model: Generator, settings: "Settings", lr: float, iteration: Callable,
+          point: Callable, folder: Path) -> Adapter:
+    """Train an adapter, from its checkpoint if there is one.
+
+    iteration(adapter, optimizer, rng) -> a row of NAME.csv; point() -> scores, a row of
+    NAME-curve.csv. The adapter is saved to NAME/. Every iteration ends with a checkpoint, so a run
+    that is killed at any time and resumed ends as one that was not.
+    """
+    kind = "explored" if name in ("on-policy", "sde-grpo") else "buffered"  # of random numbers
+    seed, own = settings.seed, (RANK,) if RANK else ()      # each process draws its own groups
+    adapter = Adapter.new(model, settings.rank, settings.alpha, seeded(seed, kind, "adapter"))
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr, weight_decay=0)
+    rows, curve = folder / f"{name}.csv", folder / f"{name}-curve.csv"
+    checkpoint, first = folder / f"{name}.checkpoint.pt", 0
+    judged = lambda step: step % settings.judge_every == 0 or step == settings.steps
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        first = saved["step"] + 1
+        for p, q in zip(adapter.parameters(), saved["parameters"]):
+            p.data.copy_(q)
+        optimizer.load_state_dict(saved["optimizer"])
+    cut_csv(rows, lambda step: step < first)
+    cut_csv(curve, lambda step: step < first and judged(step))
+    bar = progress(total=settings.steps, initial=max(0, first - 1), desc=name, unit="it")
+    shown = {}
+    for step in range(first, settings.steps + 1):           # step 0 only judges
+        if step > 0:
+            row = iteration(adapter, optimizer, seeded(seed, kind, step, *own))
+            append_csv(rows, {"step": step} | row)
+            shown["reward"] = row["reward"]
+            bar.update()
+        if judged(step):
+            with adapter.on(model):
+                means = {column: x.mean().item() for column, x in point().items()}
+            append_csv(curve, {"step": step} | means)
+            adapter.save(folder / name, model)
+            shown["judged reward"] = means["reward"]
+        save_whole({"step": step, "parameters": adapter.parameters(),
+                    "optimizer": optimizer.state_dict()}, checkpoint)
+        bar.set_postfix({column: f"{value:+.2f}" for column, value in shown.items()})
+    bar.close()
+    return adapter
+
+
+# ------------------------------------------------------------------ evaluation and report
 
 @torch.no_grad()
 def sample_batches(model: Generator, prompts: list[str], rng: torch.Generator,
@@ -758,150 +899,350 @@ def sample_batches(model: Generator, prompts: list[str], rng: torch.Generator,
     """sample in batches (size 0: 48 prompts); the noise depends on rng, not on the weights."""
     size = size or 48
     parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-    return torch.cat([sample(model, part, draw_noise(model, len(part), rng))
-                      for part in parts])
+    return torch.cat([sample(model, part, draw_noise(model, len(part), rng)) for part in parts])
 
 
-def judged(model: Generator, reward: Callable, prompts: list[str], size: int, samples: int,
-           *stream: int | str) -> tuple[Tensor, dict[str, Tensor]]:
-    """`samples` clips of each prompt, in batches of size, and their evaluation."""
-    prompts = [prompt for prompt in prompts for _ in range(samples)]
-    clips = sample_batches(model, prompts, seeded(*stream), size)
-    return clips, evaluate(clips, prompts, reward)
+def judge_model(model: Generator, reward: Callable, settings: "Settings", samples: int,
+                stream: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """`samples` clips of each prompt of the judging, on the same noise for any adapter, and their
+    scores (reward.evaluate)."""
+    prompts = [p for p in world.JUDGE_PROMPTS[settings.judge_prompts] for _ in range(samples)]
+    clips = sample_batches(model, prompts, seeded(settings.seed, stream), settings.micro)
+    return clips, world.evaluate(clips, prompts, reward)
 
 
-def compare(model: Generator, adapters: dict[str, Adapter], sweep: list[float],
-            judge_model: Callable) -> tuple[str, dict[str, Adapter], dict, dict]:
-    """Judge the base, the adapters and, if the recipe's two are there, their merges (the rows of
-    Tables 1 and 3). judge_model() -> clips and scores of the model as it is, on the same noise.
-    Returns the name of the chosen model ("" if nothing was merged) and, by name, the adapters
-    (None for the base), clips and scores."""
-    models, strengths, clips, results = {"base": None} | adapters, {}, {}, {}
-    if {"on-policy", "semi"} <= set(adapters):
-        on, semi = adapters["on-policy"], adapters["semi"]
-        strengths = {f"s = {s:g}": s for s in sweep}
-        merged = {name: merge_adapters((semi, 1.0), (on, s)) for name, s in strengths.items()}
-        models = {"base": None, "semi": semi} | merged | adapters
+def save_gif(blocks: dict[str, Tensor], file: str | Path, scale: int = 4) -> None:
+    """{label: clips [rows, columns, FRAMES, 3, H, W] in [0, 1]} -> a looping GIF, side by side."""
+    parts = []
+    for label, clips in blocks.items():
+        clips = F.pad(clips.cpu(), (1, 1, 1, 1), value=0.5).permute(2, 0, 4, 1, 5, 3)
+        frames = clips.flatten(1, 2).flatten(2, 3)  # [FRAMES, H, W, 3]
+        frames = frames.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        frames = (frames * 255).round().byte()
+        if label:
+            title = Image.new("RGB", (frames.shape[2], 14), "white")
+            ImageDraw.Draw(title).text((4, 1), label, fill="black")
+            title = torch.frombuffer(bytearray(title.tobytes()), dtype=torch.uint8).view(14, -1, 3)
+            frames = torch.cat([title.expand(len(frames), -1, -1, -1), frames], 1)
+        parts += [frames, torch.full_like(frames[:, :, : 3 * scale], 255)]
+    iio.imwrite(file, torch.cat(parts[:-1], 2).numpy(), extension=".gif", duration=150, loop=0)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A Markdown table with aligned columns; the first row is the header."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
+
+
+def write_report(folder: Path, settings: "Settings", clips: dict[str, Tensor],
+                 results: dict[str, dict[str, Tensor]], chosen: str, seconds: float) -> None:
+    """judged.csv, models.gif and report.md, which is also printed. clips and results (of
+    judge_model) of the base and the trained models, by name; chosen: the one in merged/, or ""."""
+    prompts, samples = world.JUDGE_PROMPTS[settings.judge_prompts], settings.judge_samples
+    table, better = [["model", "Δ reward", "Δ judge", "all right", "area"]], {}
+    (folder / "judged.csv").unlink(missing_ok=True)
+    for name, scores in results.items():
+        row = {"model": name} | {column: x.mean().item() for column, x in scores.items()}
+        cells = []
+        for column in ("reward", "judge"):
+            change = scores[column] - results["base"][column]
+            mean, error = change.mean().item(), (change.std() / len(change) ** 0.5).item()
+            row |= {f"Δ {column}": mean, f"± {column}": error}
+            cells.append(f"{mean:+.3f} ± {error:.3f}")
+        append_csv(folder / "judged.csv", row)
+        better[name] = row["Δ reward"] > 0 and row["Δ judge"] > 0
+        table.append([name + " *" * (name == chosen), *cells, f"{row['all_right']:.2f}",
+                      f"{row['area']:.0f}"])
+    notes = [f"{samples} clips of each of {len(prompts)} {settings.judge_prompts} prompts, the same",
+             "noise for all models. Δ: change from the base ± standard error over prompts; area: of",
+             "the shape, px². All scores are in judged.csv, those along training in NAME-curve.csv."]
+    if chosen == "semi" and not better["semi"]:
+        notes += ["* No s improves both reward and judge over the base, nor does semi, which is in",
+                  "merged/: use the base, or train with other settings."]
+    elif chosen:
+        notes.append("* In merged/: " + ("semi, as no s improves" if chosen == "semi" else
+                                         "the largest s that improves") + " both over the base.")
+    shown = [name for name in results if name == chosen or not name.startswith("s = ")]
+    notes += [f"models.gif shows {', '.join(shown)}; prompts by row:",
+              *(f"- {left}; {right}" for left, right in zip(prompts[::6], prompts[3::6])),
+              f"{seconds / 60:.1f} minutes on {settings.device}."]
+    if RANK == 0:
+        report = "\n".join([markdown(table), "", *notes])
+        (folder / "report.md").write_text(report + "\n", encoding="utf-8")
+        save_gif({name: clips[name][:: 3 * samples].unflatten(0, (4, 2)) for name in shown},
+                 folder / "models.gif")
+        print(f"\n{report}\nRun folder: {folder}")
+
+
+def judge_all(folder: Path, settings: "Settings", model: Generator, reward: Callable,
+              models: dict[str, Adapter | None], began: float) -> int:
+    """Judge the models by name (None: the base), choose among the merges, named "s = 0.4" ...,
+    save the chosen one to merged/ and write the report -> exit code."""
+    clips, results = {}, {}
     for name, adapter in progress(models.items(), desc="judging", unit="model"):
         with adapter.on(model) if adapter else nullcontext():
-            clips[name], results[name] = judge_model()
-    both = {name: (scores["reward"].mean().item(), scores["judge"].mean().item())
-            for name, scores in results.items()}
-    s = choose_strength({s: both[name] for name, s in strengths.items()}, both["base"])
-    chosen = f"s = {s:g}" if s is not None else "semi" if strengths else ""
-    return chosen, models, clips, results
+            clips[name], results[name] = judge_model(model, reward, settings,
+                                                     settings.judge_samples, "judging")
+    both = {name: (x["reward"].mean().item(), x["judge"].mean().item())
+            for name, x in results.items()}
+    merges = {float(name[4:]): both[name] for name in models if name.startswith("s = ")}
+    s = choose_strength(merges, both["base"])
+    chosen = f"s = {s:g}" if s is not None else "semi" if merges else ""
+    if chosen:
+        models[chosen].save(folder / "merged", model)
+    write_report(folder, settings, clips, results, chosen, time.perf_counter() - began)
+    rows = [row for file in folder.glob("*.csv") if (file.stem in METHODS) for row in csv.DictReader(open(file))]
+    lost = {column: sum(float(row[column]) for row in rows) for column in ("skipped", "not_finite")}
+    finite = all(map(math.isfinite, (value for pair in both.values() for value in pair)))
+    if any(lost.values()) or not finite:
+        print(f"arcopo: numbers were not finite: {lost['skipped']:g} updates were skipped, "
+              f"{lost['not_finite']:g} rewards left out" + ("" if finite else "; so is the table"),
+              file=sys.stderr)
+        return 1
+    return 0
 
 
 # ------------------------------------------------------------------ command line
 
-def load(settings: Settings) -> tuple[Generator, WeightedReward, WeightedReward]:
+METHODS = ("on-policy", "semi", "off-policy")
+
+
+@dataclass
+class Settings(Method):
+    """Settings of the script: those of the method, and these."""
+    steps: int = option(100, "iterations", "100")
+    lr: float = option(1e-4, "learning rate of AdamW, on-policy", "1e-5")
+    rank: int = option(16, "rank r of the LoRA adapter", "64")
+    alpha: float = option(32.0, "α of the LoRA adapter, scaled by α/r", "128")
+    buffer_groups: int = option(100, "rollout groups in the buffer", "100")
+    buffer: str = option("", "buffer.pt of an earlier run instead of collecting one")
+    buffer_lr: float = option(1e-3, "learning rate of AdamW with the buffer", "1e-5")
+    buffer_reward: str = option("ta=1", "rewards of the buffer, as --reward", "TA")
+    sweep: tuple = option((0.4, 0.6, 0.8, 1.0), "strengths s of the on-policy adapter", "0.4 to 1")
+
+    method: str = option("", "train one adapter instead of the whole recipe", choices=METHODS)
+    sample: str = option("", "stream clips of this prompt to --out (a .gif) instead")
+    samples: int = option(1, "with --sample: how many clips, side by side")
+    adapter: str = option("", "with --sample: the folder of the adapter to apply")
+    out: str = option("", "run folder [runs/DATE-TIME]; with --sample the GIF [clip.gif]")
+    resume: str = option("", "continue the run in this folder, with its settings")
+    base: str = option("", "weights of the base generator [assets/base.safetensors]")
+    timesteps: tuple = option((), "sampler times, falling from 1, as 1,0.5,0.25,0.1 [the base's]")
+    seed: int = option(0, "seed of training, sampling and judging")
+    device: str = option("auto", "cpu, cuda, cuda:1 ...; auto is cuda if there is one")
+
+    reward: str = option("ta=1,vq=1,mq=1", "weights of ta, vq, mq (text alignment, visual, motion "
+                         "quality) and of module:function, your own", "VideoAlign's, 1 each")
+    clip: str = option("", "open_clip model of ta, vq, mq: a folder, ARCH:FILE or ARCH:TAG, as "
+                       "ViT-B-32:laion2b_s34b_b79k [assets/clip]")
+    judge_prompts: str = option("held-out", "training: 24 of the training prompts, to choose "
+                                "settings on", choices=tuple(world.JUDGE_PROMPTS))
+    judge_samples: int = option(8, "clips per prompt in the final table")
+    judge_every: int = option(20, "iterations between points of the curve")
+
+    def __post_init__(self):
+        super().__post_init__()
+        times = (*self.timesteps, 0.0)
+        if self.timesteps and not (times[0] == 1 and all(t > s for t, s in zip(times, times[1:]))):
+            raise ValueError(f"timesteps {self.timesteps}: must fall from 1 toward 0")
+        if not all(0 < s < math.inf for s in self.sweep):
+            raise ValueError(f"sweep {self.sweep}: must be numbers above 0")
+
+
+STREAMING = "sample samples adapter out base timesteps seed device".split()     # used by --sample
+CHANGEABLE = "resume steps micro device sweep judge_samples".split()            # with --resume
+UNUSED = {"": "", "on-policy": "buffer buffer_groups buffer_lr buffer_reward sweep",
+          "semi": "lr sweep", "off-policy": "lr clip_range sweep"}              # by --method
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; --help lists the settings")
+
+
+def parse(arguments: list | None = None, cls: type = Settings, only: str = "",
+          description: str = __doc__.split("\n\n")[0]) -> Settings:
+    """Command-line arguments, as strings, numbers or paths -> settings, of the class `cls`; with
+    --resume the run's, but for what is given anew. only: the settings that a study takes, if not
+    all. Raises UserError."""
+    flag = lambda name: "--" + name.replace("_", "-")
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS,
+                    allow_abbrev=False, usage="%(prog)s [--SETTING VALUE ...]")
+    for f in fields(cls):
+        if not only or f.name in only.split():
+            text = f.metadata["text"] + (f" [{f.default}]" if f.default else "")
+            text += f" (paper: {f.metadata['paper']})" if f.metadata["paper"] else ""
+            parser.add_argument(flag(f.name), type=numbers if f.type is tuple else f.type,
+                                help=text, metavar="X", choices=f.metadata["choices"] or None)
+    given = vars(parser.parse_args(arguments and [str(a) for a in arguments]))
+    for name in {"base", "clip", "buffer"} & given.keys():
+        if Path(given[name]).exists():
+            given[name] = str(Path(given[name]).resolve())      # for --resume from elsewhere
+    if "resume" in given:
+        saved = read_record(Path(given["resume"]))["settings"]
+        for name in given.keys() - {*CHANGEABLE}:
+            if given[name] != saved[name]:
+                raise UserError(f"{flag(name)} {given[name]}: the run in {given['resume']} has "
+                                f"{saved[name]!r}, which --resume cannot change; start a new run")
+        given = saved | given
+    elif "sample" in given or not only:
+        unused = {f.name for f in fields(cls)} - {*STREAMING} if "sample" in given else (
+            {"samples", "adapter", *UNUSED[given.get("method", "")].split()})
+        for name in unused & given.keys():
+            mode = "--sample" if "sample" in given else f"--method {given.get('method', '')}"
+            raise UserError(f"{flag(name)} {given[name]}: has no effect with {mode}; leave it out")
+    try:
+        return cls(**given)
+    except ValueError as error:
+        raise UserError(f"--{error}".replace("_", "-")) from error
+
+
+def choose_device(name: str) -> str:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:       # set by torchrun
+        name += ":" + os.environ["LOCAL_RANK"]
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: cannot be used ({error})") from error
+    return name
+
+
+def load(settings: Settings, scales: dict | None = None
+         ) -> tuple[Generator, WeightedReward, WeightedReward]:
     """The base, the reward and the buffer's reward.
 
     Departure: each reward is standardised on the base's clips before the weighted mean is taken.
-    These clips do not depend on the seed.
+    These clips do not depend on the seed. scales: those of the run, with --resume.
     """
-    device, clip = choose_device(settings.device), settings.clip or str(ASSETS / "clip")
-    weights = parse_rewards(settings.reward, "reward")
-    buffered = parse_rewards(settings.buffer_reward, "buffer-reward")
-    model = load_generator(settings.base, device, settings.precision == "bf16", settings.timesteps)
-    functions = {name: load_reward(name, device, clip) for name in weights | buffered}
-    clips = sample_batches(model, TRAIN_PROMPTS, seeded(0, "calibration"), settings.micro)
-    reward = WeightedReward(functions, weights, clips, TRAIN_PROMPTS)
-    return model, reward, reward.reweighted(buffered)
+    weights = world.parse_rewards(settings.reward)
+    buffered = world.parse_rewards(settings.buffer_reward)
+    model = load_generator(settings.base, settings.device, settings.timesteps)
+    functions = world.load_rewards([*(weights | buffered)], settings.device, settings.clip)
+    if scales is None:
+        clips = sample_batches(model, world.TRAIN_PROMPTS, seeded(0, "calibration"),
+                               settings.micro)
+        scales = world.reward_scales(functions, clips, world.TRAIN_PROMPTS)
+    return (model, WeightedReward(functions, weights, scales),
+            WeightedReward(functions, buffered, scales))
 
 
-def methods(settings: Settings) -> dict[str, Method]:
-    on = Method(**{f.name: getattr(settings, f.name) for f in fields(Training)})    # Sec. 3.2
-    semi = replace(on, lr=settings.buffer_lr, buffered=True)                        # Sec. 3.3
-    return {"on-policy": on, "semi": semi, "off-policy": replace(semi, clip_range=math.inf)}
+def read_record(folder: Path) -> dict:
+    """What settings.json holds. Raises UserError."""
+    try:
+        record = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--resume {folder}: not the folder of a run ({error})") from error
+    for name, value in record["settings"].items():
+        record["settings"][name] = tuple(value) if isinstance(value, list) else value
+    return record
 
 
-def run(settings: Settings, own: dict[str, Method] | None = None,
-        wrap: Callable = lambda reward: reward) -> int:
-    """Train the recipe's two adapters, or one by settings.method, or by the methods in `own`;
-    judge them, and write all outputs to a run folder. Returns 0, or 1 if numbers were not finite.
-
-    wrap: makes the reward of on-policy training from the plain reward, which all reports use.
-    """
-    began = time.perf_counter()
-    settings, folder = open_run(settings)
-    device = choose_device(settings.device)
+def start(settings: Settings) -> tuple[Path, Generator, WeightedReward, WeightedReward]:
+    """Begin a run or continue it: its folder, with settings.json, and what load returns. A new run
+    takes no folder that has a settings.json. Raises UserError."""
+    settings.device = choose_device(settings.device)
+    folder = Path(settings.resume or settings.out or time.strftime("runs/%Y%m%d-%H%M%S"))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     if dist.is_torchelastic_launched() and not dist.is_initialized():           # by torchrun
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    names = [settings.method] if settings.method else ["on-policy", "semi"]
-    trainings = own or {name: methods(settings)[name] for name in names}
-    sweep = parse_sweep(settings.sweep)
-    prompts = read_prompts(settings.prompts_file, settings.prompts)
-    model, reward, buffer_reward = load(settings)
-    trained_on, file = wrap(reward), Path(settings.buffer or folder / "buffer.safetensors")
-    record = {"base": model.fingerprint, "timesteps": list(model.timesteps)}
-    hashed = checksum({}, {"prompts": prompts})
-    about = record | {"group": settings.group, "sigma": settings.sigma, "flow": model.flow,
-                      "reward": buffer_reward.weights, "reward models": buffer_reward.hashes(),
-                      "training prompts": hashed}
-    buffer = load_buffer(file, model, about) if settings.buffer or file.exists() else None
-    Adapter.new(model, settings.rank, settings.alpha, targets=settings.targets)  # checks --targets
-    judge_model = partial(judged, model, reward, JUDGE_PROMPTS[settings.judge_prompts],
-                          settings.micro)
-    point = lambda: judge_model(min(2, settings.judge_samples), settings.seed, "curve")[1]
-    with run_folder(folder, settings, record | {"device": device_name(model.device),
-                                                "prompts": hashed,
-                                                "reward_scales": reward.scales}):
-        adapters, rows = {}, []
-        for name, method in trainings.items():
-            if method.buffered and buffer is None:
-                buffer = collect_buffer(model, method, prompts, buffer_reward,
-                                        settings.buffer_groups, settings.seed)
-                save_buffer(buffer, file, about)
-            groups = (partial(draw_from, buffer, model, method.prompts) if method.buffered else
-                      partial(explore, model, method, prompts, trained_on, method.prompts))
-            adapters[name], new = align(name, model, method, groups, point,
-                                        settings.judge_every, settings.save_every, settings.seed,
-                                        folder, record)
-            rows += new
-        trained = time.perf_counter() - began
-        chosen, models, clips, results = compare(model, adapters, sweep, partial(
-            judge_model, settings.judge_samples, settings.seed, "judging"))
-        if chosen:
-            models[chosen].save(folder / "merged", record | {"method": f"merged, {chosen}", "step":
-                                settings.steps, "steps": settings.steps, "seed": settings.seed})
-        columns = ["reward", *reward.functions, *JUDGED]
-        write_report(folder, columns, chosen, clips, results, settings.judge_prompts,
-                     f"{trained / 60:.1f} minutes to load and train on {model.device} "
-                     f"({settings.precision}), {(time.perf_counter() - began) / 60:.1f} in all.")
-    return report_not_finite(rows, results, columns)
+        dist.init_process_group("nccl" if settings.device.startswith("cuda") else "gloo")
+    if settings.resume:
+        record = read_record(folder)
+        if record["processes"] != world_size:
+            raise UserError(f"--resume {folder}: the run has {record['processes']} processes, not "
+                            f"{world_size}; start as many")
+        return folder, *load(settings, record["reward_scales"])
+    if (folder / "settings.json").exists():
+        raise UserError(f"--out {folder}: holds a run; --resume it or name another folder")
+    parts = load(settings)
+    if RANK == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        record = {"settings": asdict(settings) | {"out": ""}, "processes": world_size,
+                  "reward_scales": parts[1].scales, "command": sys.argv, "commit": commit,
+                  "torch": torch.__version__}
+        with open(folder / "settings.json", "x", encoding="utf-8") as f:
+            json.dump(record, f, indent=1)
+    return folder, *parts
+
+
+def run(settings: Settings) -> int:
+    """Train the recipe's two adapters, or the one of settings.method, judge them and the merges,
+    and write all outputs to a run folder -> exit code."""
+    began, trained = time.perf_counter(), {}
+    folder, model, reward, buffer_reward = start(settings)
+    prompts, point = world.TRAIN_PROMPTS, lambda: judge_model(
+        model, reward, settings, min(2, settings.judge_samples), "curve")[1]
+    for name in [settings.method] if settings.method else ["on-policy", "semi"]:
+        if name == "on-policy":                                                 # Sec. 3.2
+            lr, iteration = settings.lr, lambda adapter, optimizer, rng: iterate(
+                model, adapter, optimizer, settings, prompts, reward, rng)
+        else:                                                                   # Sec. 3.3
+            buffer = load_or_collect(folder, settings, model, buffer_reward)
+            method = settings if name == "semi" else replace(settings, clip_range=math.inf)
+            lr, iteration = settings.buffer_lr, lambda adapter, optimizer, rng: iterate_buffered(
+                model, adapter, optimizer, method, buffer, rng)
+        trained[name] = train(name, model, settings, lr, iteration, point, folder)
+    models = {"base": None} | trained
+    if not settings.method:
+        semi, on = trained["semi"], trained["on-policy"]
+        models = {"base": None, "semi": semi}
+        models |= {f"s = {s:g}": merge_adapters((semi, 1.0), (on, s)) for s in settings.sweep}
+        models |= {"on-policy": on}
+    return judge_all(folder, settings, model, reward, models, began)
 
 
 def stream(settings: Settings) -> int:
-    """Generate one clip chunk by chunk and write it to a GIF."""
-    file = check_gif(settings.out or "clip.gif")
-    attributes([settings.sample])
-    model = load_generator(settings.base, choose_device(settings.device),
-                           settings.precision == "bf16", settings.timesteps)
-    with Adapter.load(settings.adapter, model).on(model) if settings.adapter else nullcontext():
-        context, chunks = model.begin([settings.sample]), []
-        noise = draw_noise(model, 1, seeded(settings.seed, "sampling"))
+    """Generate clips of a prompt chunk by chunk and write them to a GIF, side by side."""
+    model = load_generator(settings.base, choose_device(settings.device), settings.timesteps)
+    context = model.begin([settings.sample] * settings.samples)
+    noise = draw_noise(model, settings.samples, seeded(settings.seed, "sampling"))
+    chunks, adapter = [], settings.adapter and Adapter.load(settings.adapter, model)
+    with adapter.on(model) if adapter else nullcontext():
         for p in progress(range(model.chunks), desc="streaming", unit="chunk"):
             new, context = rollout(model, context, noise, p, p + 1)
             chunks.append(new)
-    clip = model.decode(torch.cat(chunks, 1))
-    if not clip.isfinite().all():
-        raise UserError("--sample: the clip is not finite; the adapter or base is broken")
-    save_gif({"": clip[None]}, file, scale=8)
+    file = settings.out or "clip.gif"
+    save_gif({"": model.decode(torch.cat(chunks, 1))[None]}, file, scale=8)
     print(f"wrote {file}")
     return 0
 
 
-def parse(arguments: list | None = None, description: str = __doc__.split("\n\n")[0]) -> Settings:
-    """Command-line arguments, as strings, numbers or paths, -> Settings. Raises UserError."""
-    return parse_options(Settings, SECTIONS, arguments, description)
+def exit_code(error: BaseException, folder: str | Path = "") -> int:
+    """Print the one line of a user's mistake -> exit code. Raises the error if it is none."""
+    memory = any(word in str(error).lower() for word in ("out of memory", "allocate", "alloc_failed"))
+    message = str(error)
+    if isinstance(error, SystemExit):
+        return error.code or 0                              # --help
+    if isinstance(error, KeyboardInterrupt):
+        message = "interrupted"
+    elif isinstance(error, (RuntimeError, MemoryError)) and memory:
+        message = f"out of memory ({message}); lower --micro, also with --resume"
+    elif not isinstance(error, (UserError, OSError)):
+        raise error
+    if folder and (Path(folder) / "settings.json").exists():
+        message += f"; continue with --resume {folder}"
+    print("arcopo:", " ".join(message.split()), file=sys.stderr)
+    return 130 if isinstance(error, KeyboardInterrupt) else 2
 
 
 def main(arguments: list | None = None) -> int:
-    def call() -> int:
+    folder = ""
+    try:
         settings = parse(arguments)
-        return stream(settings) if settings.sample else run(settings)
-    return command("arcopo", call)
+        if settings.sample:
+            return stream(settings)
+        settings.out = folder = settings.resume or settings.out or time.strftime("runs/%Y%m%d-%H%M%S")
+        return run(settings)
+    except BaseException as error:
+        return exit_code(error, folder)
 
 
 if __name__ == "__main__":
