@@ -10,7 +10,7 @@ He et al., AR-CoPO: Align Autoregressive Video Generation with Contrastive Polic
 arXiv 2603.17461 ("the paper"), built on He et al., Neighbor GRPO, arXiv 2511.16955. The generator
 is a miniature of the one in Self-Forcing, arXiv 2506.08009. The word "Departure" marks each place
 where this file differs from the paper; --help shows the paper's value of a setting. The method
-comes first, in the paper's order; the script that runs it follows from "training loop" on.
+comes first, in the paper's order, then the script that runs it, from "training loop" on.
 
 Symbol          in the paper      here
 L, p            Sec. 3.2          model.chunks; pivot, counted from 0 (from 1 in all output)
@@ -56,7 +56,6 @@ import imageio.v3 as iio
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -80,11 +79,7 @@ def option(default, text: str, paper: str = "", choices: tuple = ()):
 
 @dataclass
 class Method:
-    """Settings of the method, which its functions take. Raises ValueError.
-
-    Known methods as special cases: clip_range = inf is GRPO without the clip, quasi_norm = 0.8 is
-    Neighbor GRPO's advantage, anchors = group is without symmetric anchor sampling.
-    """
+    """Settings of the method, which explore, update and iterate take. Raises ValueError."""
     group: int = option(12, "branches G of a fork", "12")
     sigma: float = option(0.5, "radius σ of the neighbours in noise (Eq. 1)", "0.5")
     anchors: int = option(4, "anchors B of the G candidates (symmetric sampling)", "4")
@@ -100,10 +95,9 @@ class Method:
 
     def __post_init__(self):
         for f in fields(self):
-            value, least = getattr(self, f.name), "0 or more" if f.default == 0 else "above 0"
-            finite = f.name == "clip_range" or value != math.inf
-            if f.type in (int, float) and not (finite and (value > 0 or value == f.default == 0)):
-                raise ValueError(f"{f.name} {value}: must be {least}")
+            value, largest = getattr(self, f.name), 1e300 if f.name != "clip_range" else math.inf
+            if f.type in (int, float) and not (0 < value <= largest or value == 0 == f.default):
+                raise ValueError(f"{f.name} {value}: must be above 0" + " or 0" * (f.default == 0))
         for name, largest in (("sigma", 1), ("quasi_norm", 2), ("anchors", self.group)):
             if getattr(self, name) > largest:
                 raise ValueError(f"{name} {getattr(self, name)}: must be at most {largest}")
@@ -127,10 +121,7 @@ class Context(NamedTuple):
 
 class Block(nn.Module):
     """Attention and MLP, modulated by time and prompt (adaLN with a table per block, as in Wan).
-
-    The attention is explicit, as the backward of torch's scaled_dot_product_attention is not
-    deterministic on CUDA.
-    """
+    The attention is explicit: torch's own has no deterministic backward on CUDA."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -200,9 +191,8 @@ class Generator(nn.Module):
         self.head = nn.Linear(width, channels * PATCH**2)
         self.smooth = nn.Sequential(nn.Conv2d(channels, 32, 3, padding=1), nn.GELU(),
                                     nn.Conv2d(32, channels, 3, padding=1))     # across patches
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.smooth[2].weight)
-        nn.init.zeros_(self.smooth[2].bias)
+        for last in (self.head.weight, self.smooth[2].weight, self.smooth[2].bias):
+            nn.init.zeros_(last)
 
     @property
     def device(self) -> torch.device:
@@ -257,11 +247,10 @@ def load_generator(file: str | Path = "", device: str | torch.device = "cpu",
     file = Path(file or ASSETS / "base.safetensors")
     try:
         with safe_open(str(file), "pt") as f:
-            shape = json.loads(f.metadata()["arcopo"])["record"]["generator"]
-        model = Generator(**shape)
+            model = Generator(**json.loads(f.metadata()["arcopo"])["record"]["generator"])
         model.load_state_dict({name: x.float() for name, x in load_file(file).items()})
-    except Exception as error:      # safetensors raises a kind of its own
-        raise UserError(f"--base {file}: not a generator of studies.pretrain ({error})") from error
+    except Exception as error:      # safetensors has its own kinds
+        raise UserError(f"--base {file}: not weights of studies.pretrain ({error!r})") from error
     model.fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     model.timesteps = tuple(timesteps) or model.timesteps
     return model.to(device).requires_grad_(False)
@@ -501,47 +490,44 @@ class Adapter:
             yield model
 
     def save(self, folder: str | Path, model: nn.Module) -> None:
-        """In peft's format. The header says which base and sampler times it was trained with."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        """In peft's format; the header has the base and the sampler times (trained_on)."""
+        file = Path(folder) / "adapter_model.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"{PEFT}{name}.lora_{letter}.weight": z.detach().cpu().contiguous()
                    for name, pair in self.weights.items() for letter, z in zip("AB", pair)}
-        save_file(tensors, folder / "adapter_model.safetensors",
-                  {"arcopo": json.dumps(trained_on(model))})
+        save_file(tensors, file, {"arcopo": json.dumps(trained_on(model))})
         config = {"peft_type": "LORA", "r": self.rank, "lora_alpha": self.alpha, "bias": "none",
                   "target_modules": "|".join(map(re.escape, self.weights)), "lora_dropout": 0.0}
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        file.with_name("adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path, model: nn.Module) -> "Adapter":
         """Trainable. Raises UserError: missing, broken, of another base or other sampler times."""
-        folder = Path(folder)
-        file = folder / "adapter_model.safetensors"
+        file = Path(folder) / "adapter_model.safetensors"
         if not file.exists():
-            there = ", ".join(str(found.parent) for found in folder.glob("*/" + file.name))
-            raise UserError(f"--adapter {folder}: no adapter there" + (there and f"; try {there}"))
+            others = [str(path.parent) for path in Path(folder).glob(f"*/{file.name}")]
+            raise UserError(f"--adapter {folder}: is no adapter; there are {', '.join(others)}"
+                            if others else f"--adapter {folder}: there is no {file.name}")
         try:
+            tensors = load_file(file)
             with safe_open(str(file), "pt") as f:
-                found = json.loads((f.metadata() or {}).get("arcopo", "{}"))
-            alpha = json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
-            tensors, weights = load_file(file), {}
-            for name in dict.fromkeys(key[len(PEFT) :].split(".lora_")[0] for key in tensors):
-                layer = model.get_submodule(name)
-                A, B = (tensors[f"{PEFT}{name}.lora_{letter}.weight"] for letter in "AB")
-                if (A.shape[1], B.shape[0]) != (layer.in_features, layer.out_features):
-                    raise ValueError(f"{name} has another size")
-                weights[name] = tuple(z.to(layer.weight.device).requires_grad_() for z in (A, B))
-        except Exception as error:      # safetensors raises a kind of its own
-            raise UserError(f"--adapter {folder}: not an adapter of this base ({error})") from error
-        for name, option_name in (("base", "--base"), ("timesteps", "--timesteps")):
-            if found.get(name) != trained_on(model)[name]:
-                raise UserError(f"--adapter {folder}: was trained with {name} {found.get(name)}, "
-                                f"not {trained_on(model)[name]}; name it with {option_name}")
-        return cls(weights, alpha)
+                record = json.loads(f.metadata()["arcopo"])
+            config = json.loads(file.with_name("adapter_config.json").read_text())
+        except Exception as error:      # safetensors has its own kinds
+            raise UserError(f"--adapter {folder}: not a whole adapter ({error!r})") from error
+        for name, value in trained_on(model).items():
+            if record[name] != value:
+                raise UserError(f"--adapter {folder}: was trained with {name} {record[name]}, not "
+                                f"{value}; see --{name}")
+        weights = {}
+        for name in dict.fromkeys(key[len(PEFT) :].split(".lora_")[0] for key in tensors):
+            device = model.get_submodule(name).weight.device
+            pair = (tensors[f"{PEFT}{name}.lora_{letter}.weight"] for letter in "AB")
+            weights[name] = tuple(z.to(device).requires_grad_() for z in pair)
+        return cls(weights, config["lora_alpha"])
 
 
-def trained_on(model: Generator) -> dict:
-    """What adapters and buffers depend on."""
+def trained_on(model: nn.Module) -> dict:
     return {"base": getattr(model, "fingerprint", ""), "timesteps": list(model.timesteps)}
 
 
@@ -747,8 +733,8 @@ RANK = int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0    # on
 progress = partial(tqdm, disable=RANK > 0)
 
 
-def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer, method: Method,
-            prompts: list[str], reward: Callable, rng: torch.Generator) -> dict:
+def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
+            rng: torch.Generator, method: Method, prompts: list[str], reward: Callable) -> dict:
     """One iteration of Algorithm 1: explore once, update method.updates times -> metrics, means
     over processes: pivot (from 1), those of reward_metrics and update, seconds."""
     began = time.perf_counter()
@@ -760,7 +746,7 @@ def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer
 
 
 def iterate_buffered(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
-                     method: Method, buffer: Buffer, rng: torch.Generator) -> dict:
+                     rng: torch.Generator, method: Method, buffer: Buffer) -> dict:
     """One iteration of semi-on-policy training (Sec. 3.3): method.updates times, draw groups from
     the buffer and update once -> metrics as iterate's, means over draws; skipped and not_finite are
     sums. With clip_range = inf it is the paper's off-policy baseline."""
@@ -796,99 +782,76 @@ def metrics(rows: list[dict[str, Tensor]], drawn: list[Fork], began: float) -> d
     return {"pivot": pivots} | row | {"seconds": time.perf_counter() - began}
 
 
+def own_buffer(file: Path, model: Generator, settings: "Settings", reward: Callable) -> Buffer:
+    """The buffer of a run: read from its file, or collected and saved."""
+    if file.exists():
+        return torch.load(file, map_location="cpu", weights_only=True)
+    buffer = collect_buffer(model, settings, world.TRAIN_PROMPTS, reward, settings.buffer_groups,
+                            settings.seed)
+    save_whole(buffer, file)
+    return buffer
+
+
 def save_whole(content, file: Path) -> None:
-    """torch.save by rank 0, all or nothing: whatever ends the process leaves the old file or the
-    new one."""
+    """torch.save, all or nothing: whatever ends the process leaves the old file or the new one."""
     if RANK == 0:
         part = file.with_name(file.name + ".part")
         torch.save(content, part)
         os.replace(part, file)
 
 
-def append_csv(file: Path, row: dict) -> None:
-    if RANK == 0:
-        new = not file.exists()
-        with open(file, "a", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, row, lineterminator="\n")
-            if new:
+def write_csv(file: Path, rows: list[dict], mode: str = "w") -> None:
+    """mode "a" appends, and writes the header if the file is new or empty."""
+    if RANK == 0 and rows:
+        with open(file, mode, newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, rows[0], lineterminator="\n")
+            if f.tell() == 0:
                 writer.writeheader()
-            writer.writerow(row)
-
-
-def cut_csv(file: Path, keep: Callable[[int], bool]) -> None:
-    """Leave the header and the whole rows of steps that `keep` is true for."""
-    if RANK == 0 and file.exists():
-        header, *rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        rows = [row for row in rows if row.endswith("\n") and keep(int(row.split(",")[0]))]
-        file.write_text("".join([header, *rows]), encoding="utf-8")
-
-
-def load_or_collect(folder: Path, settings: "Settings", model: Generator,
-                    reward: Callable) -> Buffer:
-    """The buffer of the run or of --buffer; if there is none, it is collected and saved. Raises
-    UserError if it was made with anything else."""
-    file = Path(settings.buffer or folder / "buffer.pt")
-    about = trained_on(model) | {name: getattr(settings, name) for name in
-                                 ("group", "sigma", "clip", "buffer_reward")}
-    if settings.buffer or file.exists():
-        try:
-            saved = torch.load(file, map_location="cpu", weights_only=True)
-            found = saved["about"]
-        except Exception as error:      # torch raises a dozen kinds
-            raise UserError(f"--buffer {file}: not a buffer of this program ({error})") from error
-        for name in about:
-            if found[name] != about[name]:
-                raise UserError(f"--buffer {file}: made with {name} {found[name]}, not "
-                                f"{about[name]}; leave out --buffer to collect one")
-        return saved["groups"]
-    buffer = collect_buffer(model, settings, world.TRAIN_PROMPTS, reward, settings.buffer_groups,
-                            settings.seed)
-    save_whole({"about": about, "groups": buffer}, file)
-    return buffer
+            writer.writerows(rows)
 
 
 def train(name: str, model: Generator, settings: "Settings", lr: float, iteration: Callable,
-          point: Callable, folder: Path) -> Adapter:
-    """Train an adapter, from its checkpoint if there is one.
+          point: Callable, folder: Path) -> tuple[Adapter, list[dict]]:
+    """Train an adapter -> the adapter, also saved to NAME/, and the rows of NAME.csv.
 
     iteration(adapter, optimizer, rng) -> a row of NAME.csv; point() -> scores, a row of
-    NAME-curve.csv. The adapter is saved to NAME/. Every iteration ends with a checkpoint, so a run
-    that is killed at any time and resumed ends as one that was not.
+    NAME-curve.csv. Every iteration ends with a checkpoint, from which the training continues if
+    there is one, so a run that is killed at any time and resumed ends as one that was not.
     """
     kind = "explored" if name in ("on-policy", "sde-grpo") else "buffered"  # of random numbers
     seed, own = settings.seed, (RANK,) if RANK else ()      # each process draws its own groups
     adapter = Adapter.new(model, settings.rank, settings.alpha, seeded(seed, kind, "adapter"))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr, weight_decay=0)
-    rows, curve = folder / f"{name}.csv", folder / f"{name}-curve.csv"
-    checkpoint, first = folder / f"{name}.checkpoint.pt", 0
+    checkpoint, rows, curve, first = folder / f"{name}.checkpoint.pt", [], [], 0
     judged = lambda step: step % settings.judge_every == 0 or step == settings.steps
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        first = saved["step"] + 1
         for p, q in zip(adapter.parameters(), saved["parameters"]):
             p.data.copy_(q)
         optimizer.load_state_dict(saved["optimizer"])
-    cut_csv(rows, lambda step: step < first)
-    cut_csv(curve, lambda step: step < first and judged(step))
-    bar = progress(total=settings.steps, initial=max(0, first - 1), desc=name, unit="it")
-    shown = {}
-    for step in range(first, settings.steps + 1):           # step 0 only judges
+        rows, curve, first = saved["rows"], saved["curve"], len(saved["rows"]) + 1
+        curve = [row for row in curve if judged(row["step"])]       # without the end, if extended
+    write_csv(folder / f"{name}.csv", rows)
+    write_csv(folder / f"{name}-curve.csv", curve)
+    bar = progress(total=settings.steps, initial=len(rows), desc=name, unit="it")
+    for step in range(first, settings.steps + 1):                   # step 0 only judges
         if step > 0:
-            row = iteration(adapter, optimizer, seeded(seed, kind, step, *own))
-            append_csv(rows, {"step": step} | row)
-            shown["reward"] = row["reward"]
+            rows.append({"step": step} | iteration(adapter, optimizer,
+                                                   seeded(seed, kind, step, *own)))
+            write_csv(folder / f"{name}.csv", rows[-1:], "a")
             bar.update()
         if judged(step):
             with adapter.on(model):
                 means = {column: x.mean().item() for column, x in point().items()}
-            append_csv(curve, {"step": step} | means)
+            curve.append({"step": step} | means)
+            write_csv(folder / f"{name}-curve.csv", curve[-1:], "a")
             adapter.save(folder / name, model)
-            shown["judged reward"] = means["reward"]
-        save_whole({"step": step, "parameters": adapter.parameters(),
-                    "optimizer": optimizer.state_dict()}, checkpoint)
-        bar.set_postfix({column: f"{value:+.2f}" for column, value in shown.items()})
+        save_whole({"parameters": adapter.parameters(), "optimizer": optimizer.state_dict(),
+                    "rows": rows, "curve": curve}, checkpoint)
+        bar.set_postfix({what: f"{of[-1]['reward']:+.2f}" for what, of in
+                         (("reward", rows), ("judged reward", curve)) if of})
     bar.close()
-    return adapter
+    return adapter, rows
 
 
 # ------------------------------------------------------------------ evaluation and report
@@ -897,8 +860,7 @@ def train(name: str, model: Generator, settings: "Settings", lr: float, iteratio
 def sample_batches(model: Generator, prompts: list[str], rng: torch.Generator,
                    size: int) -> Tensor:
     """sample in batches (size 0: 48 prompts); the noise depends on rng, not on the weights."""
-    size = size or 48
-    parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+    parts = [prompts[i : i + (size or 48)] for i in range(0, len(prompts), size or 48)]
     return torch.cat([sample(model, part, draw_noise(model, len(part), rng)) for part in parts])
 
 
@@ -911,96 +873,75 @@ def judge_model(model: Generator, reward: Callable, settings: "Settings", sample
     return clips, world.evaluate(clips, prompts, reward)
 
 
-def save_gif(blocks: dict[str, Tensor], file: str | Path, scale: int = 4) -> None:
-    """{label: clips [rows, columns, FRAMES, 3, H, W] in [0, 1]} -> a looping GIF, side by side."""
+def judge_all(model: Generator, reward: Callable, settings: "Settings",
+              models: dict[str, Adapter | None]) -> tuple[dict, dict]:
+    """judge_model of each model by name (None: the base) -> clips and scores, by name."""
+    clips, scores = {}, {}
+    for name, adapter in progress(models.items(), desc="judging", unit="model"):
+        with adapter.on(model) if adapter else nullcontext():
+            clips[name], scores[name] = judge_model(model, reward, settings,
+                                                    settings.judge_samples, "judging")
+    return clips, scores
+
+
+def save_gif(blocks: list[Tensor], file: str | Path, scale: int = 4) -> None:
+    """Blocks of clips [rows, columns, FRAMES, 3, H, W] in [0, 1], side by side -> a looping GIF."""
     parts = []
-    for label, clips in blocks.items():
+    for clips in blocks:
         clips = F.pad(clips.cpu(), (1, 1, 1, 1), value=0.5).permute(2, 0, 4, 1, 5, 3)
-        frames = clips.flatten(1, 2).flatten(2, 3)  # [FRAMES, H, W, 3]
+        frames = (clips.flatten(1, 2).flatten(2, 3) * 255).round().byte()       # [FRAMES, H, W, 3]
         frames = frames.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-        frames = (frames * 255).round().byte()
-        if label:
-            title = Image.new("RGB", (frames.shape[2], 14), "white")
-            ImageDraw.Draw(title).text((4, 1), label, fill="black")
-            title = torch.frombuffer(bytearray(title.tobytes()), dtype=torch.uint8).view(14, -1, 3)
-            frames = torch.cat([title.expand(len(frames), -1, -1, -1), frames], 1)
         parts += [frames, torch.full_like(frames[:, :, : 3 * scale], 255)]
     iio.imwrite(file, torch.cat(parts[:-1], 2).numpy(), extension=".gif", duration=150, loop=0)
 
 
-def markdown(rows: list[list[str]]) -> str:
-    """A Markdown table with aligned columns; the first row is the header."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
-    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
-
-
 def write_report(folder: Path, settings: "Settings", clips: dict[str, Tensor],
-                 results: dict[str, dict[str, Tensor]], chosen: str, seconds: float) -> None:
-    """judged.csv, models.gif and report.md, which is also printed. clips and results (of
-    judge_model) of the base and the trained models, by name; chosen: the one in merged/, or ""."""
-    prompts, samples = world.JUDGE_PROMPTS[settings.judge_prompts], settings.judge_samples
-    table, better = [["model", "Δ reward", "Δ judge", "all right", "area"]], {}
-    (folder / "judged.csv").unlink(missing_ok=True)
-    for name, scores in results.items():
-        row = {"model": name} | {column: x.mean().item() for column, x in scores.items()}
-        cells = []
+                 scores: dict[str, dict[str, Tensor]], seconds: float, chosen: str = "") -> None:
+    """Write judged.csv, models.gif and report.md, which is also printed, from what judge_all
+    returns. chosen: the model in merged/."""
+    rows = []
+    report = ("| model       | Δ reward        | Δ judge         | all right | area |\n"
+              "| ----------- | --------------- | --------------- | --------- | ---- |\n")
+    for name, own in scores.items():
+        row = {"model": name} | {column: x.mean().item() for column, x in own.items()}
         for column in ("reward", "judge"):
-            change = scores[column] - results["base"][column]
-            mean, error = change.mean().item(), (change.std() / len(change) ** 0.5).item()
-            row |= {f"Δ {column}": mean, f"± {column}": error}
-            cells.append(f"{mean:+.3f} ± {error:.3f}")
-        append_csv(folder / "judged.csv", row)
-        better[name] = row["Δ reward"] > 0 and row["Δ judge"] > 0
-        table.append([name + " *" * (name == chosen), *cells, f"{row['all_right']:.2f}",
-                      f"{row['area']:.0f}"])
-    notes = [f"{samples} clips of each of {len(prompts)} {settings.judge_prompts} prompts, the same",
-             "noise for all models. Δ: change from the base ± standard error over prompts; area: of",
-             "the shape, px². All scores are in judged.csv, those along training in NAME-curve.csv."]
-    if chosen == "semi" and not better["semi"]:
-        notes += ["* No s improves both reward and judge over the base, nor does semi, which is in",
-                  "merged/: use the base, or train with other settings."]
+            change = own[column] - scores["base"][column]
+            row[f"Δ {column}"] = change.mean().item()
+            row[f"± {column}"] = change.std().item() / len(change) ** 0.5
+        rows.append(row)
+        report += (f"| {name + ' *' * (name == chosen):11} "
+                   f"| {row['Δ reward']:+7.3f} ± {row['± reward']:.3f} "
+                   f"| {row['Δ judge']:+7.3f} ± {row['± judge']:.3f} "
+                   f"| {row['all_right']:9.2f} | {row['area']:4.0f} |\n")
+    shown = [name for name in scores if name == chosen or not name.startswith("s = ")]
+    report += (f"\n{settings.judge_samples} clips of each {settings.judge_prompts} prompt, the "
+               "same noise for all models. Δ: change from the\nbase ± standard error over prompts; "
+               "area of the shape in px². judged.csv has all scores.\n"
+               f"models.gif shows, from left: {', '.join(shown)}.\n"
+               f"{seconds / 60:.1f} minutes on {settings.device}.\n")
+    better = {row["model"]: row["Δ reward"] > 0 and row["Δ judge"] > 0 for row in rows}
+    if chosen == "semi":
+        report += "* In merged/, as no s improves both reward and judge over the base.\n"
     elif chosen:
-        notes.append("* In merged/: " + ("semi, as no s improves" if chosen == "semi" else
-                                         "the largest s that improves") + " both over the base.")
-    shown = [name for name in results if name == chosen or not name.startswith("s = ")]
-    notes += [f"models.gif shows {', '.join(shown)}; prompts by row:",
-              *(f"- {left}; {right}" for left, right in zip(prompts[::6], prompts[3::6])),
-              f"{seconds / 60:.1f} minutes on {settings.device}."]
+        report += "* In merged/: the largest s that improves both reward and judge over the base.\n"
+    if chosen and not better[chosen]:
+        report += "  It is worse than the base: use the base, or train with other settings.\n"
+    write_csv(folder / "judged.csv", rows)
     if RANK == 0:
-        report = "\n".join([markdown(table), "", *notes])
-        (folder / "report.md").write_text(report + "\n", encoding="utf-8")
-        save_gif({name: clips[name][:: 3 * samples].unflatten(0, (4, 2)) for name in shown},
-                 folder / "models.gif")
-        print(f"\n{report}\nRun folder: {folder}")
+        (folder / "report.md").write_text(report, encoding="utf-8")
+        save_gif([clips[name][:: 3 * settings.judge_samples].unflatten(0, (4, 2))
+                  for name in shown], folder / "models.gif")
+        print(f"\n{report}Run folder: {folder}")
 
 
-def judge_all(folder: Path, settings: "Settings", model: Generator, reward: Callable,
-              models: dict[str, Adapter | None], began: float) -> int:
-    """Judge the models by name (None: the base), choose among the merges, named "s = 0.4" ...,
-    save the chosen one to merged/ and write the report -> exit code."""
-    clips, results = {}, {}
-    for name, adapter in progress(models.items(), desc="judging", unit="model"):
-        with adapter.on(model) if adapter else nullcontext():
-            clips[name], results[name] = judge_model(model, reward, settings,
-                                                     settings.judge_samples, "judging")
-    both = {name: (x["reward"].mean().item(), x["judge"].mean().item())
-            for name, x in results.items()}
-    merges = {float(name[4:]): both[name] for name in models if name.startswith("s = ")}
-    s = choose_strength(merges, both["base"])
-    chosen = f"s = {s:g}" if s is not None else "semi" if merges else ""
-    if chosen:
-        models[chosen].save(folder / "merged", model)
-    write_report(folder, settings, clips, results, chosen, time.perf_counter() - began)
-    rows = [row for file in folder.glob("*.csv") if (file.stem in METHODS) for row in csv.DictReader(open(file))]
-    lost = {column: sum(float(row[column]) for row in rows) for column in ("skipped", "not_finite")}
-    finite = all(map(math.isfinite, (value for pair in both.values() for value in pair)))
-    if any(lost.values()) or not finite:
-        print(f"arcopo: numbers were not finite: {lost['skipped']:g} updates were skipped, "
-              f"{lost['not_finite']:g} rewards left out" + ("" if finite else "; so is the table"),
-              file=sys.stderr)
-        return 1
-    return 0
+def all_finite(rows: list[dict], scores: dict[str, dict[str, Tensor]]) -> bool:
+    """Whether all numbers of a run were finite; if not, a line on stderr says which were not."""
+    skipped, left_out = (sum(row[name] for row in rows) for name in ("skipped", "not_finite"))
+    whole = all(own["reward"].isfinite().all() for own in scores.values())
+    if skipped or left_out or not whole:
+        print(f"arcopo: not finite: {skipped:g} updates were skipped, {left_out:g} rewards left "
+              "out" + ("" if whole else ", and the table has NaN or infinity"), file=sys.stderr)
+    return not skipped and not left_out and whole
 
 
 # ------------------------------------------------------------------ command line
@@ -1016,11 +957,9 @@ class Settings(Method):
     rank: int = option(16, "rank r of the LoRA adapter", "64")
     alpha: float = option(32.0, "α of the LoRA adapter, scaled by α/r", "128")
     buffer_groups: int = option(100, "rollout groups in the buffer", "100")
-    buffer: str = option("", "buffer.pt of an earlier run instead of collecting one")
     buffer_lr: float = option(1e-3, "learning rate of AdamW with the buffer", "1e-5")
     buffer_reward: str = option("ta=1", "rewards of the buffer, as --reward", "TA")
     sweep: tuple = option((0.4, 0.6, 0.8, 1.0), "strengths s of the on-policy adapter", "0.4 to 1")
-
     method: str = option("", "train one adapter instead of the whole recipe", choices=METHODS)
     sample: str = option("", "stream clips of this prompt to --out (a .gif) instead")
     samples: int = option(1, "with --sample: how many clips, side by side")
@@ -1031,7 +970,6 @@ class Settings(Method):
     timesteps: tuple = option((), "sampler times, falling from 1, as 1,0.5,0.25,0.1 [the base's]")
     seed: int = option(0, "seed of training, sampling and judging")
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto is cuda if there is one")
-
     reward: str = option("ta=1,vq=1,mq=1", "weights of ta, vq, mq (text alignment, visual, motion "
                          "quality) and of module:function, your own", "VideoAlign's, 1 each")
     clip: str = option("", "open_clip model of ta, vq, mq: a folder, ARCH:FILE or ARCH:TAG, as "
@@ -1050,14 +988,13 @@ class Settings(Method):
             raise ValueError(f"sweep {self.sweep}: must be numbers above 0")
 
 
-STREAMING = "sample samples adapter out base timesteps seed device".split()     # used by --sample
-CHANGEABLE = "resume steps micro device sweep judge_samples".split()            # with --resume
-UNUSED = {"": "", "on-policy": "buffer buffer_groups buffer_lr buffer_reward sweep",
-          "semi": "lr sweep", "off-policy": "lr clip_range sweep"}              # by --method
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+CHANGEABLE = {"resume", "steps", "micro", "device", "sweep", "judge_samples"}   # with --resume
+STREAMING = {"sample", "samples", "adapter", "out", "base", "timesteps", "seed", "device"}
+WITHOUT_EFFECT = {                                                              # by --method
+    "": {"samples", "adapter"},
+    "on-policy": {"samples", "adapter", "buffer_groups", "buffer_lr", "buffer_reward", "sweep"},
+    "semi": {"samples", "adapter", "lr", "sweep"},
+    "off-policy": {"samples", "adapter", "lr", "clip_range", "sweep"}}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1065,47 +1002,54 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the settings")
 
 
-def parse(arguments: list | None = None, cls: type = Settings, only: str = "",
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def parse(arguments: list | None = None, cls: type = Settings, only: set | None = None,
           description: str = __doc__.split("\n\n")[0]) -> Settings:
     """Command-line arguments, as strings, numbers or paths -> settings, of the class `cls`; with
-    --resume the run's, but for what is given anew. only: the settings that a study takes, if not
-    all. Raises UserError."""
-    flag = lambda name: "--" + name.replace("_", "-")
-    parser = Parser(description=description, argument_default=argparse.SUPPRESS,
-                    allow_abbrev=False, usage="%(prog)s [--SETTING VALUE ...]")
+    --resume the run's, but for what is given anew. only: the settings that a study takes. Raises
+    UserError."""
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in fields(cls):
-        if not only or f.name in only.split():
+        if only is None or f.name in only:
             text = f.metadata["text"] + (f" [{f.default}]" if f.default else "")
             text += f" (paper: {f.metadata['paper']})" if f.metadata["paper"] else ""
             parser.add_argument(flag(f.name), type=numbers if f.type is tuple else f.type,
                                 help=text, metavar="X", choices=f.metadata["choices"] or None)
     given = vars(parser.parse_args(arguments and [str(a) for a in arguments]))
-    for name in {"base", "clip", "buffer"} & given.keys():
-        if Path(given[name]).exists():
-            given[name] = str(Path(given[name]).resolve())      # for --resume from elsewhere
+    for name in given.keys() & {"base", "clip"}:
+        if Path(given[name]).exists():                          # for --resume from elsewhere
+            given[name] = str(Path(given[name]).resolve())
     if "resume" in given:
-        saved = read_record(Path(given["resume"]))["settings"]
-        for name in given.keys() - {*CHANGEABLE}:
+        saved = read_record(given["resume"])["settings"]
+        for name in given.keys() - CHANGEABLE:
             if given[name] != saved[name]:
-                raise UserError(f"{flag(name)} {given[name]}: the run in {given['resume']} has "
-                                f"{saved[name]!r}, which --resume cannot change; start a new run")
+                raise UserError(f"{flag(name)} {given[name]}: would make it another training; the "
+                                f"run in {given['resume']} has {saved[name]!r}; start a new run")
         given = saved | given
-    elif "sample" in given or not only:
-        unused = {f.name for f in fields(cls)} - {*STREAMING} if "sample" in given else (
-            {"samples", "adapter", *UNUSED[given.get("method", "")].split()})
-        for name in unused & given.keys():
-            mode = "--sample" if "sample" in given else f"--method {given.get('method', '')}"
-            raise UserError(f"{flag(name)} {given[name]}: has no effect with {mode}; leave it out")
     try:
-        return cls(**given)
+        settings = cls(**given)
     except ValueError as error:
-        raise UserError(f"--{error}".replace("_", "-")) from error
+        raise UserError(f"--{error}") from error
+    mode = f"--method {settings.method}" if settings.method else "the recipe"
+    unused = WITHOUT_EFFECT[settings.method]
+    if settings.sample:
+        mode, unused = "--sample", {f.name for f in fields(cls)} - STREAMING
+    for name in [] if settings.resume else given.keys() & unused:
+        raise UserError(f"{flag(name)} {given[name]}: has no effect with {mode}; leave it out")
+    return settings
 
 
 def choose_device(name: str) -> str:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:       # set by torchrun
+    if name == "cuda" and "LOCAL_RANK" in os.environ:           # set by torchrun
         name += ":" + os.environ["LOCAL_RANK"]
     try:
         torch.empty(0, device=name)
@@ -1114,123 +1058,125 @@ def choose_device(name: str) -> str:
     return name
 
 
-def load(settings: Settings, scales: dict | None = None
-         ) -> tuple[Generator, WeightedReward, WeightedReward]:
+def load(settings: Settings,
+         scales: dict | None = None) -> tuple[Generator, WeightedReward, WeightedReward]:
     """The base, the reward and the buffer's reward.
 
     Departure: each reward is standardised on the base's clips before the weighted mean is taken.
     These clips do not depend on the seed. scales: those of the run, with --resume.
     """
-    weights = world.parse_rewards(settings.reward)
-    buffered = world.parse_rewards(settings.buffer_reward)
-    model = load_generator(settings.base, settings.device, settings.timesteps)
-    functions = world.load_rewards([*(weights | buffered)], settings.device, settings.clip)
+    reward, buffered = map(world.parse_rewards, (settings.reward, settings.buffer_reward))
+    model = load_generator(settings.base, choose_device(settings.device), settings.timesteps)
+    functions = world.load_rewards([*(reward | buffered)], model.device, settings.clip)
     if scales is None:
-        clips = sample_batches(model, world.TRAIN_PROMPTS, seeded(0, "calibration"),
-                               settings.micro)
+        clips = sample_batches(model, world.TRAIN_PROMPTS, seeded(0, "calibration"), settings.micro)
         scales = world.reward_scales(functions, clips, world.TRAIN_PROMPTS)
-    return (model, WeightedReward(functions, weights, scales),
-            WeightedReward(functions, buffered, scales))
+    weighted = partial(WeightedReward, functions, scales=scales)
+    return model, weighted(weights=reward), weighted(weights=buffered)
 
 
-def read_record(folder: Path) -> dict:
-    """What settings.json holds. Raises UserError."""
+def read_record(folder: str | Path) -> dict:
+    """What settings.json of a run holds. Raises UserError."""
     try:
-        record = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        record = json.loads((Path(folder) / "settings.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--resume {folder}: not the folder of a run ({error})") from error
-    for name, value in record["settings"].items():
-        record["settings"][name] = tuple(value) if isinstance(value, list) else value
-    return record
+    values = record["settings"].items()
+    return record | {"settings": {k: tuple(v) if isinstance(v, list) else v for k, v in values}}
 
 
 def start(settings: Settings) -> tuple[Path, Generator, WeightedReward, WeightedReward]:
-    """Begin a run or continue it: its folder, with settings.json, and what load returns. A new run
+    """Begin a run, or continue it: its folder, with settings.json, and what load returns. A new run
     takes no folder that has a settings.json. Raises UserError."""
-    settings.device = choose_device(settings.device)
-    folder = Path(settings.resume or settings.out or time.strftime("runs/%Y%m%d-%H%M%S"))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    settings.device, folder = choose_device(settings.device), Path(settings.out)
     if dist.is_torchelastic_launched() and not dist.is_initialized():           # by torchrun
         dist.init_process_group("nccl" if settings.device.startswith("cuda") else "gloo")
+    processes = dist.get_world_size() if dist.is_initialized() else 1
     if settings.resume:
         record = read_record(folder)
-        if record["processes"] != world_size:
-            raise UserError(f"--resume {folder}: the run has {record['processes']} processes, not "
-                            f"{world_size}; start as many")
+        if record["processes"] != processes:
+            raise UserError(f"--resume {folder}: start as many processes as the run has, "
+                            f"{record['processes']}")
         return folder, *load(settings, record["reward_scales"])
     if (folder / "settings.json").exists():
         raise UserError(f"--out {folder}: holds a run; --resume it or name another folder")
     parts = load(settings)
     if RANK == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        record = {"settings": asdict(settings) | {"out": ""}, "processes": world_size,
-                  "reward_scales": parts[1].scales, "command": sys.argv, "commit": commit,
-                  "torch": torch.__version__}
+        record = {"settings": asdict(settings), "processes": processes, "torch": torch.__version__,
+                  "commit": commit, "command": sys.argv, "reward_scales": parts[1].scales}
+        folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "settings.json", "x", encoding="utf-8") as f:
             json.dump(record, f, indent=1)
     return folder, *parts
 
 
 def run(settings: Settings) -> int:
-    """Train the recipe's two adapters, or the one of settings.method, judge them and the merges,
-    and write all outputs to a run folder -> exit code."""
-    began, trained = time.perf_counter(), {}
+    """The recipe, or the training of settings.method alone: train, merge, judge, choose s and write
+    all to the run folder -> exit code, 1 if numbers were not finite."""
+    began, adapters, rows = time.perf_counter(), {}, []
     folder, model, reward, buffer_reward = start(settings)
-    prompts, point = world.TRAIN_PROMPTS, lambda: judge_model(
-        model, reward, settings, min(2, settings.judge_samples), "curve")[1]
+    point = lambda: judge_model(model, reward, settings, min(2, settings.judge_samples), "curve")[1]
     for name in [settings.method] if settings.method else ["on-policy", "semi"]:
-        if name == "on-policy":                                                 # Sec. 3.2
-            lr, iteration = settings.lr, lambda adapter, optimizer, rng: iterate(
-                model, adapter, optimizer, settings, prompts, reward, rng)
-        else:                                                                   # Sec. 3.3
-            buffer = load_or_collect(folder, settings, model, buffer_reward)
-            method = settings if name == "semi" else replace(settings, clip_range=math.inf)
-            lr, iteration = settings.buffer_lr, lambda adapter, optimizer, rng: iterate_buffered(
-                model, adapter, optimizer, method, buffer, rng)
-        trained[name] = train(name, model, settings, lr, iteration, point, folder)
-    models = {"base": None} | trained
+        if name == "on-policy":
+            lr, iteration = settings.lr, lambda *training: iterate(
+                model, *training, settings, world.TRAIN_PROMPTS, reward)
+        else:
+            buffer = own_buffer(folder / "buffer.pt", model, settings, buffer_reward)
+            method = replace(settings, clip_range=math.inf) if name == "off-policy" else settings
+            lr, iteration = settings.buffer_lr, lambda *training: iterate_buffered(
+                model, *training, method, buffer)
+        adapters[name], new = train(name, model, settings, lr, iteration, point, folder)
+        rows += new
+    models, chosen = {"base": None} | adapters, ""
     if not settings.method:
-        semi, on = trained["semi"], trained["on-policy"]
-        models = {"base": None, "semi": semi}
-        models |= {f"s = {s:g}": merge_adapters((semi, 1.0), (on, s)) for s in settings.sweep}
-        models |= {"on-policy": on}
-    return judge_all(folder, settings, model, reward, models, began)
+        semi, on = adapters["semi"], adapters["on-policy"]
+        merges = {f"s = {s:g}": merge_adapters((semi, 1.0), (on, s)) for s in settings.sweep}
+        models = {"base": None, "semi": semi} | merges | {"on-policy": on}
+    clips, scores = judge_all(model, reward, settings, models)
+    if not settings.method:
+        both = {name: (own["reward"].mean().item(), own["judge"].mean().item())
+                for name, own in scores.items()}
+        s = choose_strength({s: both[f"s = {s:g}"] for s in settings.sweep}, both["base"])
+        chosen = "semi" if s is None else f"s = {s:g}"
+        models[chosen].save(folder / "merged", model)
+    write_report(folder, settings, clips, scores, time.perf_counter() - began, chosen)
+    return 0 if all_finite(rows, scores) else 1
 
 
 def stream(settings: Settings) -> int:
     """Generate clips of a prompt chunk by chunk and write them to a GIF, side by side."""
     model = load_generator(settings.base, choose_device(settings.device), settings.timesteps)
+    adapter = Adapter.load(settings.adapter, model) if settings.adapter else None
     context = model.begin([settings.sample] * settings.samples)
-    noise = draw_noise(model, settings.samples, seeded(settings.seed, "sampling"))
-    chunks, adapter = [], settings.adapter and Adapter.load(settings.adapter, model)
+    noise, chunks = draw_noise(model, settings.samples, seeded(settings.seed, "sampling")), []
     with adapter.on(model) if adapter else nullcontext():
         for p in progress(range(model.chunks), desc="streaming", unit="chunk"):
             new, context = rollout(model, context, noise, p, p + 1)
             chunks.append(new)
-    file = settings.out or "clip.gif"
-    save_gif({"": model.decode(torch.cat(chunks, 1))[None]}, file, scale=8)
+    file = Path(settings.out or "clip.gif")
+    save_gif([model.decode(torch.cat(chunks, 1))[None]], file, scale=8)
     print(f"wrote {file}")
     return 0
 
 
-def exit_code(error: BaseException, folder: str | Path = "") -> int:
+def exit_code(error: BaseException, folder: str = "") -> int:
     """Print the one line of a user's mistake -> exit code. Raises the error if it is none."""
-    memory = any(word in str(error).lower() for word in ("out of memory", "allocate", "alloc_failed"))
-    message = str(error)
+    message, code = str(error), 2
+    lacks_memory = any(words in message.lower() for words in ("memory", "allocate", "alloc_failed"))
     if isinstance(error, SystemExit):
-        return error.code or 0                              # --help
+        return error.code or 0                                  # --help
     if isinstance(error, KeyboardInterrupt):
-        message = "interrupted"
-    elif isinstance(error, (RuntimeError, MemoryError)) and memory:
-        message = f"out of memory ({message}); lower --micro, also with --resume"
+        message, code = "interrupted", 130
+    elif isinstance(error, (RuntimeError, MemoryError)) and lacks_memory:
+        message = f"out of memory ({message}); lower --micro, which --resume can change too"
     elif not isinstance(error, (UserError, OSError)):
         raise error
     if folder and (Path(folder) / "settings.json").exists():
         message += f"; continue with --resume {folder}"
     print("arcopo:", " ".join(message.split()), file=sys.stderr)
-    return 130 if isinstance(error, KeyboardInterrupt) else 2
+    return code
 
 
 def main(arguments: list | None = None) -> int:
@@ -1239,8 +1185,8 @@ def main(arguments: list | None = None) -> int:
         settings = parse(arguments)
         if settings.sample:
             return stream(settings)
-        settings.out = folder = settings.resume or settings.out or time.strftime("runs/%Y%m%d-%H%M%S")
-        return run(settings)
+        folder = settings.resume or settings.out or time.strftime("runs/%Y%m%d-%H%M%S")
+        return run(replace(settings, out=folder))
     except BaseException as error:
         return exit_code(error, folder)
 
