@@ -61,8 +61,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import reward as world
-from reward import ASSETS, UserError, WeightedReward
+from reward import (ASSETS, CHUNK_FRAMES, CHUNKS, JUDGE_PROMPTS, SIZE, TRAIN_PROMPTS, WORDS,
+                    UserError, attributes, evaluate, load_rewards)
 
 # On CUDA: convolutions in true fp32 (the error of TF32 would reach the clip range of 1e-4), and
 # with deterministic gradients, so that the same seed gives the same numbers.
@@ -171,7 +171,7 @@ class Generator(nn.Module):
     `fingerprint`, a hash of the weights, so that an adapter of other weights is refused.
     """
 
-    chunk_shape, chunks = (world.CHUNK_FRAMES, 3, world.SIZE, world.SIZE), world.CHUNKS
+    chunk_shape, chunks = (CHUNK_FRAMES, 3, SIZE, SIZE), CHUNKS
     fingerprint = ""
 
     def __init__(self, width: int = 256, layers: int = 5, heads: int = 4,
@@ -179,11 +179,11 @@ class Generator(nn.Module):
         super().__init__()
         self.width, self.layers, self.heads = width, layers, heads
         self.timesteps, self.flow = tuple(timesteps), flow
-        self.tokens = (world.SIZE // PATCH) ** 2        # of a chunk: a patch spans its frames
-        channels = world.CHUNK_FRAMES * 3
+        self.tokens = (SIZE // PATCH) ** 2        # of a chunk: a patch spans its frames
+        channels = CHUNK_FRAMES * 3
         self.patch = nn.Linear(channels * PATCH**2, width)
-        self.position = nn.Parameter(0.02 * torch.randn(world.CHUNKS, self.tokens, width))
-        self.word = nn.Embedding(sum(map(len, world.WORDS)), width)
+        self.position = nn.Parameter(0.02 * torch.randn(CHUNKS, self.tokens, width))
+        self.word = nn.Embedding(sum(map(len, WORDS)), width)
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
@@ -199,8 +199,8 @@ class Generator(nn.Module):
         return self.position.device
 
     def begin(self, prompts: list[str]) -> Context:
-        colours, shapes, motions = map(len, world.WORDS)
-        ids = world.attributes(prompts) + torch.tensor([0, colours, colours + shapes])
+        colours, shapes, motions = map(len, WORDS)
+        ids = attributes(prompts) + torch.tensor([0, colours, colours + shapes])
         words, N = self.word(ids.to(self.device)).sum(1), len(prompts)
         empty = words.new_zeros(N, self.layers, 2, self.heads, 0, self.width // self.heads)
         return Context(words, empty)
@@ -220,7 +220,7 @@ class Generator(nn.Module):
     def forward(self, x: Tensor, t: float | Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """x [N, *chunk_shape] at times t, a float or [N] -> x̂₀ like x, and its keys and values
         [N, layers, 2, heads, tokens, head width]."""
-        N, side = len(x), world.SIZE // PATCH
+        N, side = len(x), SIZE // PATCH
         p = context.kv.shape[4] // self.tokens                          # which chunk x is
         t = t if isinstance(t, Tensor) else x.new_full((N,), t, dtype=torch.float32)
         frequency = torch.exp(-math.log(1e4) / 128 * torch.arange(128, device=x.device))
@@ -237,7 +237,7 @@ class Generator(nn.Module):
         shift, scale = (condition[:, None] + self.table)[:, :, None].unbind(1)
         y = self.head(F.layer_norm(y, (self.width,)) * (1 + scale) + shift).float()
         y = y.view(N, side, side, -1, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
-        y = y.reshape(N, -1, world.SIZE, world.SIZE)                    # the frames, from patches
+        y = y.reshape(N, -1, SIZE, SIZE)                    # the frames, from patches
         return (y + self.smooth(y)).view(x.shape), torch.stack(kv, 1)
 
 
@@ -449,9 +449,8 @@ PEFT = "base_model.model."                          # before the layer's name in
 class Adapter:
     """LoRA next to linear layers: y = W x + (α/r) B A x (Hu et al. 2021); B starts at zero.
 
-    The model is never changed: `with adapter.on(model):` adds the low-rank terms inside the block,
-    and several adapters add up. weights: {layer: (A [r, in], B [out, r])}, float32 whatever the
-    layer's dtype. Convolutions, embeddings and norms get no LoRA.
+    `with adapter.on(model):` applies it. weights: {layer: (A [r, in], B [out, r])}, float32
+    whatever the layer's dtype. Convolutions, embeddings and norms get no LoRA.
     """
 
     def __init__(self, weights: dict[str, tuple[Tensor, Tensor]], alpha: float):
@@ -477,16 +476,24 @@ class Adapter:
 
     @contextmanager
     def on(self, model: nn.Module):
+        """Inside, the model is the adapted one. Hooks add the low-rank terms to the outputs; where
+        no gradient is recorded (torch.no_grad), they are merged into float32 weights, which is
+        faster. What it did to the model is undone exactly; several adapters add up."""
         scale = self.alpha / self.rank
 
         def add(A: Tensor, B: Tensor, layer: nn.Module, x: tuple, y: Tensor) -> Tensor:
             with torch.autocast(y.device.type, enabled=False):          # in float32
-                return y + F.linear(scale * F.linear(x[0].float(), A), B).to(y.dtype)
+                low_rank = F.linear(F.linear(x[0].float(), A), B).to(y.dtype)
+                return torch.add(y, low_rank, alpha=scale)
 
-        with ExitStack() as hooks:
-            for name, pair in self.weights.items():
+        with ExitStack() as undo:
+            for name, (A, B) in self.weights.items():
                 layer = model.get_submodule(name)
-                hooks.enter_context(layer.register_forward_hook(partial(add, *pair)))
+                if torch.is_grad_enabled() or layer.weight.dtype != torch.float32:
+                    undo.enter_context(layer.register_forward_hook(partial(add, A, B)))
+                else:
+                    undo.callback(setattr, layer.weight, "data", layer.weight.data)
+                    layer.weight.data = layer.weight + scale * B @ A
             yield model
 
     def save(self, folder: str | Path, model: nn.Module) -> None:
@@ -590,9 +597,9 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
         x = replay(model, branches, step, anchor).flatten(2)            # [P, k, D]
         return surrogate_log_policy(branches.candidates[:, step].flatten(3), x, method.tau)
 
-    with torch.no_grad(), nullcontext() if buffered else adapter.on(model):
-        old = [log_policy(*part) for part in slices]        # Departure: π_old is of a replay, as a
-    norms, ratios, skipped = [], [], 0                      # rollout may round differently
+    with nullcontext() if buffered else adapter.on(model):      # Departure: π_old is of a replay,
+        old = [log_policy(*part).detach() for part in slices]   # as a rollout rounds differently
+    norms, ratios, skipped = [], [], 0
     for _ in range(1 if buffered else method.updates):
         optimizer.zero_grad()
         log_ratios = []
@@ -733,12 +740,12 @@ RANK = int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0    # on
 progress = partial(tqdm, disable=RANK > 0)
 
 
-def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
-            rng: torch.Generator, method: Method, prompts: list[str], reward: Callable) -> dict:
+def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer, method: Method,
+            prompts: list[str], reward: Callable, rng: torch.Generator) -> dict:
     """One iteration of Algorithm 1: explore once, update method.updates times -> metrics, means
     over processes: pivot (from 1), those of reward_metrics and update, seconds."""
     began = time.perf_counter()
-    with adapter.on(model):
+    with torch.no_grad(), adapter.on(model):
         branches, scores = explore(model, method, prompts, reward, rng)             # lines 1 to 5
     row = reward_metrics(scores, method.floor)
     row |= update(model, adapter, optimizer, branches, scores["reward"], method, rng)   # 7 to 9
@@ -746,7 +753,7 @@ def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer
 
 
 def iterate_buffered(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
-                     rng: torch.Generator, method: Method, buffer: Buffer) -> dict:
+                     method: Method, buffer: Buffer, rng: torch.Generator) -> dict:
     """One iteration of semi-on-policy training (Sec. 3.3): method.updates times, draw groups from
     the buffer and update once -> metrics as iterate's, means over draws; skipped and not_finite are
     sums. With clip_range = inf it is the paper's off-policy baseline."""
@@ -786,7 +793,7 @@ def own_buffer(file: Path, model: Generator, settings: "Settings", reward: Calla
     """The buffer of a run: read from its file, or collected and saved."""
     if file.exists():
         return torch.load(file, map_location="cpu", weights_only=True)
-    buffer = collect_buffer(model, settings, world.TRAIN_PROMPTS, reward, settings.buffer_groups,
+    buffer = collect_buffer(model, settings, TRAIN_PROMPTS, reward, settings.buffer_groups,
                             settings.seed)
     save_whole(buffer, file)
     return buffer
@@ -807,7 +814,8 @@ def write_csv(file: Path, rows: list[dict], mode: str = "w") -> None:
             writer = csv.DictWriter(f, rows[0], lineterminator="\n")
             if f.tell() == 0:
                 writer.writeheader()
-            writer.writerows(rows)
+            for row in rows:                            # NaN, of what is undefined: empty
+                writer.writerow({name: "" if x != x else x for name, x in row.items()})
 
 
 def train(name: str, model: Generator, settings: "Settings", lr: float, iteration: Callable,
@@ -841,7 +849,7 @@ def train(name: str, model: Generator, settings: "Settings", lr: float, iteratio
             write_csv(folder / f"{name}.csv", rows[-1:], "a")
             bar.update()
         if judged(step):
-            with adapter.on(model):
+            with torch.no_grad(), adapter.on(model):
                 means = {column: x.mean().item() for column, x in point().items()}
             curve.append({"step": step} | means)
             write_csv(folder / f"{name}-curve.csv", curve[-1:], "a")
@@ -868,11 +876,12 @@ def judge_model(model: Generator, reward: Callable, settings: "Settings", sample
                 stream: str) -> tuple[Tensor, dict[str, Tensor]]:
     """`samples` clips of each prompt of the judging, on the same noise for any adapter, and their
     scores (reward.evaluate)."""
-    prompts = [p for p in world.JUDGE_PROMPTS[settings.judge_prompts] for _ in range(samples)]
+    prompts = [p for p in JUDGE_PROMPTS[settings.judge_prompts] for _ in range(samples)]
     clips = sample_batches(model, prompts, seeded(settings.seed, stream), settings.micro)
-    return clips, world.evaluate(clips, prompts, reward)
+    return clips, evaluate(clips, prompts, reward)
 
 
+@torch.no_grad()
 def judge_all(model: Generator, reward: Callable, settings: "Settings",
               models: dict[str, Adapter | None]) -> tuple[dict, dict]:
     """judge_model of each model by name (None: the base) -> clips and scores, by name."""
@@ -975,7 +984,7 @@ class Settings(Method):
     clip: str = option("", "open_clip model of ta, vq, mq: a folder, ARCH:FILE or ARCH:TAG, as "
                        "ViT-B-32:laion2b_s34b_b79k [assets/clip]")
     judge_prompts: str = option("held-out", "training: 24 of the training prompts, to choose "
-                                "settings on", choices=tuple(world.JUDGE_PROMPTS))
+                                "settings on", choices=tuple(JUDGE_PROMPTS))
     judge_samples: int = option(8, "clips per prompt in the final table")
     judge_every: int = option(20, "iterations between points of the curve")
 
@@ -1059,20 +1068,21 @@ def choose_device(name: str) -> str:
 
 
 def load(settings: Settings,
-         scales: dict | None = None) -> tuple[Generator, WeightedReward, WeightedReward]:
+         scales: dict | None = None) -> tuple[Generator, Callable, Callable]:
     """The base, the reward and the buffer's reward.
 
     Departure: each reward is standardised on the base's clips before the weighted mean is taken.
     These clips do not depend on the seed. scales: those of the run, with --resume.
     """
-    reward, buffered = map(world.parse_rewards, (settings.reward, settings.buffer_reward))
-    model = load_generator(settings.base, choose_device(settings.device), settings.timesteps)
-    functions = world.load_rewards([*(reward | buffered)], model.device, settings.clip)
+    device = choose_device(settings.device)
+    rewards = load_rewards([settings.reward, settings.buffer_reward], device, settings.clip)
+    model = load_generator(settings.base, device, settings.timesteps)
     if scales is None:
-        clips = sample_batches(model, world.TRAIN_PROMPTS, seeded(0, "calibration"), settings.micro)
-        scales = world.reward_scales(functions, clips, world.TRAIN_PROMPTS)
-    weighted = partial(WeightedReward, functions, scales=scales)
-    return model, weighted(weights=reward), weighted(weights=buffered)
+        clips = sample_batches(model, TRAIN_PROMPTS, seeded(0, "calibration"), settings.micro)
+        scales = rewards[0].measure_scales(clips, TRAIN_PROMPTS)
+    for reward in rewards:
+        reward.scales = scales
+    return model, *rewards
 
 
 def read_record(folder: str | Path) -> dict:
@@ -1085,7 +1095,7 @@ def read_record(folder: str | Path) -> dict:
     return record | {"settings": {k: tuple(v) if isinstance(v, list) else v for k, v in values}}
 
 
-def start(settings: Settings) -> tuple[Path, Generator, WeightedReward, WeightedReward]:
+def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
     """Begin a run, or continue it: its folder, with settings.json, and what load returns. A new run
     takes no folder that has a settings.json. Raises UserError."""
     settings.device, folder = choose_device(settings.device), Path(settings.out)
@@ -1120,13 +1130,13 @@ def run(settings: Settings) -> int:
     point = lambda: judge_model(model, reward, settings, min(2, settings.judge_samples), "curve")[1]
     for name in [settings.method] if settings.method else ["on-policy", "semi"]:
         if name == "on-policy":
-            lr, iteration = settings.lr, lambda *training: iterate(
-                model, *training, settings, world.TRAIN_PROMPTS, reward)
+            lr, iteration = settings.lr, lambda adapter, optimizer, rng: iterate(
+                model, adapter, optimizer, settings, TRAIN_PROMPTS, reward, rng)
         else:
             buffer = own_buffer(folder / "buffer.pt", model, settings, buffer_reward)
             method = replace(settings, clip_range=math.inf) if name == "off-policy" else settings
-            lr, iteration = settings.buffer_lr, lambda *training: iterate_buffered(
-                model, *training, method, buffer)
+            lr, iteration = settings.buffer_lr, lambda adapter, optimizer, rng: iterate_buffered(
+                model, adapter, optimizer, method, buffer, rng)
         adapters[name], new = train(name, model, settings, lr, iteration, point, folder)
         rows += new
     models, chosen = {"base": None} | adapters, ""
@@ -1145,6 +1155,7 @@ def run(settings: Settings) -> int:
     return 0 if all_finite(rows, scores) else 1
 
 
+@torch.no_grad()
 def stream(settings: Settings) -> int:
     """Generate clips of a prompt chunk by chunk and write them to a GIF, side by side."""
     model = load_generator(settings.base, choose_device(settings.device), settings.timesteps)
@@ -1170,10 +1181,10 @@ def exit_code(error: BaseException, folder: str = "") -> int:
     if isinstance(error, KeyboardInterrupt):
         message, code = "interrupted", 130
     elif isinstance(error, (RuntimeError, MemoryError)) and lacks_memory:
-        message = f"out of memory ({message}); lower --micro, which --resume can change too"
+        message = f"out of memory ({message}); lower --micro, also when you resume"
     elif not isinstance(error, (UserError, OSError)):
         raise error
-    if folder and (Path(folder) / "settings.json").exists():
+    if folder and "--resume" not in message and (Path(folder) / "settings.json").exists():
         message += f"; continue with --resume {folder}"
     print("arcopo:", " ".join(message.split()), file=sys.stderr)
     return code

@@ -340,24 +340,26 @@ def parse_rewards(text: str) -> dict[str, float]:
     return weights
 
 
-def load_rewards(names: list[str], device: str, clip: str) -> dict[str, Callable]:
-    """{name: fn(clips, prompts) -> [N]}: of the open_clip model `clip`, or, for module:function, of
-    a module on the path or in the current folder. Raises UserError."""
-    functions = {}
-    clip = clip or str(ASSETS / "clip")
-    model = ClipReward(clip, device) if set(names) & set(OF_CLIP) else None
-    for name in names:
-        if name in OF_CLIP:
-            functions[name] = getattr(model, OF_CLIP[name])
-            continue
-        module, _, function = name.partition(":")
-        if "" not in sys.path:
-            sys.path.insert(0, "")                  # the current folder
-        try:
-            functions[name] = getattr(importlib.import_module(module), function)
-        except Exception as error:
-            raise UserError(f"--reward {name}: cannot import it ({error!r})") from error
-    return functions
+def load_function(name: str) -> Callable:
+    """fn(clips, prompts) -> [N] from module:function, on the path or in the current folder."""
+    module, _, function = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")                      # the current folder
+    try:
+        return getattr(importlib.import_module(module), function)
+    except Exception as error:
+        raise UserError(f"--reward {name}: cannot import it ({error!r})") from error
+
+
+def load_rewards(texts: list[str], device: str, clip: str = "") -> list["WeightedReward"]:
+    """A reward for each text of weights (parse_rewards); all share functions, and ta, vq, mq are
+    of the open_clip model `clip`, "" being the shipped one. Raises UserError."""
+    weights = [parse_rewards(text) for text in texts]
+    names = list(dict.fromkeys(name for own in weights for name in own))
+    model = ClipReward(clip or str(ASSETS / "clip"), device) if set(names) & set(OF_CLIP) else None
+    functions = {name: getattr(model, OF_CLIP[name]) if name in OF_CLIP else load_function(name)
+                 for name in names}
+    return [WeightedReward(functions, own) for own in weights]
 
 
 class WeightedReward:
@@ -368,49 +370,46 @@ class WeightedReward:
     """
 
     def __init__(self, functions: dict[str, Callable], weights: dict[str, float],
-                 scales: dict[str, tuple[float, float]]):
+                 scales: dict[str, tuple[float, float]] | None = None):
         self.functions, self.weights, self.scales = functions, weights, scales
 
     def __call__(self, clips: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-        scores = {name: score(name, function, clips, prompts)
-                  for name, function in self.functions.items()}
+        scores = {name: self.score(name, clips, prompts) for name in self.functions}
         z = {name: (scores[name] - mean) / std for name, (mean, std) in self.scales.items()}
         total = sum(weight * z[name] for name, weight in self.weights.items())
         return {"reward": total / sum(self.weights.values())} | scores
 
+    def measure_scales(self, clips: Tensor, prompts: list[str]) -> dict[str, tuple[float, float]]:
+        """Mean and deviation of each function on reference clips."""
+        scales = {}
+        for name in self.functions:
+            value = self.score(name, clips, prompts)
+            value = value[value.isfinite()]
+            if len(value) < 2 or not value.std() > 1e-5 * value.abs().max():
+                raise UserError(f"--reward {name}: is the same number for all of the base's clips, "
+                                "or not finite; it must tell clips apart")
+            scales[name] = value.mean().item(), value.std().item()
+        return scales
 
-@torch.no_grad()
-def score(name: str, function: Callable, clips: Tensor, prompts: list[str]) -> Tensor:
-    """Call a reward function, on copies if it is not ours -> [N]. Raises UserError."""
-    if name not in OF_CLIP:
-        clips, prompts = clips.clone(), list(prompts)       # it may write into them
-    try:
-        value = function(clips, prompts)
-    except UserError:
-        raise
-    except Exception as error:
-        traceback.print_exc()
-        raise UserError(f"--reward {name}: failed ({error!r}); see the traceback above") from error
-    try:
-        value = torch.as_tensor(value).detach().float().to(clips.device)
-    except Exception:
-        raise UserError(f"--reward {name}: returned {type(value).__name__}; expected a tensor of "
-                        f"{len(clips)} numbers, one for each clip") from None
-    if value.shape != (len(clips),):
-        raise UserError(f"--reward {name}: returned a tensor of shape {tuple(value.shape)} for "
-                        f"{len(clips)} clips; expected one number for each")
-    return value
-
-
-def reward_scales(functions: dict[str, Callable], clips: Tensor,
-                  prompts: list[str]) -> dict[str, tuple[float, float]]:
-    """Mean and deviation of each reward on reference clips. Raises UserError."""
-    scales = {}
-    for name, function in functions.items():
-        value = score(name, function, clips, prompts)
-        value = value[value.isfinite()]
-        if len(value) < 2 or not value.std() > 1e-5 * value.abs().max():
-            raise UserError(f"--reward {name}: is the same number for all of the base's clips, or "
-                            "not finite; it must tell clips apart")
-        scales[name] = value.mean().item(), value.std().item()
-    return scales
+    @torch.no_grad()
+    def score(self, name: str, clips: Tensor, prompts: list[str]) -> Tensor:
+        """[N] of one function; one that is not ours gets copies, as it may write into them."""
+        if name not in OF_CLIP:
+            clips, prompts = clips.clone(), list(prompts)
+        try:
+            value = self.functions[name](clips, prompts)
+        except UserError:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            raise UserError(f"--reward {name}: failed ({error!r}); see the traceback above"
+                            ) from error
+        try:
+            value = torch.as_tensor(value).detach().float().to(clips.device)
+        except Exception:
+            raise UserError(f"--reward {name}: returned {type(value).__name__}; expected a tensor "
+                            f"of {len(clips)} numbers, one for each clip") from None
+        if value.shape != (len(clips),):
+            raise UserError(f"--reward {name}: returned a tensor of shape {tuple(value.shape)} for "
+                            f"{len(clips)} clips; expected one number for each")
+        return value
