@@ -346,15 +346,23 @@ class Fork(NamedTuple):
     candidates: Tensor      # [P, T, G, *chunk_shape]     x̂₀⁽ⁱ⁾ of each step; the last is x_p⁽ⁱ⁾
 
 
+def branch_noise(noise: Noise, pivot: int, sigma: float, group: int,
+                 rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Algorithm 1, line 4: the pivot's noise of each branch. Its initial noise [P, G, *chunk_shape]
+    is its own; the solver noise [P, G, T - 1, *chunk_shape] is shared."""
+    initial = neighbor_noise(noise.initial[:, pivot], sigma, group, rng).transpose(0, 1)
+    solver = noise.solver[:, pivot, None].expand(-1, group, *noise.solver.shape[2:])
+    return initial, solver
+
+
 @torch.no_grad()
 def fork(model: Generator, prompts: list[str], pivot: int, noise: Noise, initial: Tensor,
          solver: Tensor, micro: int = 0) -> tuple[Fork, Tensor]:
     """Algorithm 1, lines 2, 3 and 5 -> the Fork, and the clips [P, G, ...] as model.decode's.
 
-    initial [P, G, *chunk_shape] and solver [P, G, T - 1, *chunk_shape] are the branches' noise of
-    the pivot chunk, the only place where branches can differ: the noise of all other chunks is
-    shared (`noise`, P rows), the paper's controlled noise sharing. AR-CoPO perturbs initial and
-    shares solver too. micro: at most this many rows at a time; 0: all.
+    initial and solver are the branches' noise of the pivot chunk (branch_noise), the only place
+    where branches can differ: the noise of all other chunks is shared (`noise`, P rows). This is
+    the paper's controlled noise sharing. micro: at most this many rows at a time; 0: all.
     """
     P, G = initial.shape[:2]
     prefix, context = rollout(model, model.begin(prompts), noise, 0, pivot)         # line 2, P rows
@@ -636,15 +644,14 @@ def explore(model: Generator, method: Method, prompts: list[str], reward: Callab
     reward(clips [N, ...] as model.decode gives them, prompts) -> {"reward": [N], others: [N]}.
     Departure: the P prompts share the pivot, so that they run as one batch.
     """
-    P, G = method.prompts, method.group
+    P = method.prompts
     if P > len(prompts):
         raise ValueError(f"prompts {P}: must be at most {len(prompts)}, the prompts that there are")
     chosen = [prompts[i] for i in torch.randperm(len(prompts), generator=rng)[:P]]
     pivot = int(torch.randint(model.chunks, (), generator=rng))                     # line 1
     noise = draw_noise(model, P, rng)
-    initial = neighbor_noise(noise.initial[:, pivot], method.sigma, G, rng).transpose(0, 1)  # 4
-    solver = noise.solver[:, pivot, None].expand(-1, G, *noise.solver.shape[2:])    # shared
-    branches, clips = fork(model, chosen, pivot, noise, initial, solver, method.micro)  # 2, 3, 5
+    own = branch_noise(noise, pivot, method.sigma, method.group, rng)               # line 4
+    branches, clips = fork(model, chosen, pivot, noise, *own, method.micro)         # lines 2, 3, 5
     return branches, rewarded(branches, clips, reward)
 
 

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from arcopo import (Adapter, Method, Noise, draw_noise, explore, fork, iterate, sample,
-                    seeded)
+from arcopo import (Adapter, Method, Noise, branch_noise, draw_noise, fork, iterate, replay, sample,
+                    seeded, surrogate_log_policy)
 from examples.self_forcing import SelfForcing
 
 
 def check(model: SelfForcing, prompts: list[str]) -> None:
     """Prints, and raises AssertionError if a property of the method does not hold."""
     level = lambda clips, prompts: {"reward": clips.flatten(1).mean(1)}
-    method = Method(group=4, anchors=2, prompts=2, rank=4, alpha=4.0, micro=2, floor=1e-6)
+    method = Method(group=4, anchors=2, prompts=2, micro=2, floor=1e-6)
     noise = draw_noise(model, 2, seeded(0))
-    branches, clips = fork(model, prompts[:2], 1, noise, *method.branch_noise(noise, 1, seeded(1)))
+    own = branch_noise(noise, 1, method.sigma, method.group, seeded(1))
+    branches, clips = fork(model, prompts[:2], 1, noise, *own)
     clips = clips.unflatten(2, (model.chunks, -1))
     before, at = ((clips[:, :, p] - clips[:, :1, p]).abs().max().item() for p in (0, 1))
     print(f"branches differ before the pivot by {before}, at it by {at:.3f}")
@@ -33,7 +34,13 @@ def check(model: SelfForcing, prompts: list[str]) -> None:
     for p in adapter.parameters():
         p.data += 0.1 * torch.randn(p.shape, generator=seeded(2)).to(p)
     A, h = adapter.parameters()[0], 1e-2
-    value = lambda: method.log_policies(model, branches, *torch.tensor([[1], [2]]))[..., 0].sum()
+    step, anchor = torch.tensor([1]), torch.tensor([2])
+
+    def value() -> Tensor:
+        x = replay(model, branches, step, anchor).flatten(2)
+        candidates = branches.candidates[:, step].flatten(3)
+        return surrogate_log_policy(candidates, x, method.tau)[..., 0].sum()
+
     with adapter.on(model):
         gradient = torch.autograd.grad(value(), A)[0]
         A.data += h * gradient / gradient.norm()
@@ -44,10 +51,9 @@ def check(model: SelfForcing, prompts: list[str]) -> None:
     assert abs(gradient.norm() - difference) < 0.05 * gradient.norm()
     adapter, noise = Adapter.new(model, 4, 4.0, seeded(0)), draw_noise(model, 2, seeded(3))
     optimizer = torch.optim.AdamW(adapter.parameters(), 1e-2, weight_decay=0)
-    groups = lambda generator: explore(model, method, prompts, level, 2, generator)
     rewards = [sample(model, prompts[:2], noise).mean().item()]
     for step in range(15):
-        row = iterate(model, adapter, optimizer, method, groups, seeded(0, step))
+        row = iterate(model, adapter, optimizer, method, prompts, level, seeded(0, step))
         assert row["replay_error"] < 1e-3 and row["skipped"] == 0
     with adapter.on(model):
         rewards.append(sample(model, prompts[:2], noise).mean().item())
@@ -123,7 +129,8 @@ def compare(model: SelfForcing, pipeline_class: type, prompts: list[str], dtype)
     caches = lambda: [{n: torch.zeros(shape, dtype=dtype) for n in "kv"} for _ in range(2)]
     pipeline.kv_cache1, pipeline.crossattn_cache = caches(), caches()
     drawn, torch.randn_like = torch.randn_like, lambda x: next(own).reshape(x.shape).to(dtype)
-    own = (noise.solver[:, p, i] for p in range(model.chunks) for i in range(model.solver_steps))
+    own = (noise.solver[:, p, i] for p in range(model.chunks)
+           for i in range(len(model.timesteps) - 1))
     try:
         with contextlib.redirect_stdout(None):      # it prints every time
             theirs = pipeline.inference(noise.initial.flatten(1, 2).to(dtype), prompts)

@@ -7,7 +7,6 @@ context is the last chunk. Its weights are random; the reward asks for samples n
 """
 
 import sys
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from arcopo import Adapter, Method, draw_noise, explore, iterate, sample, seeded
+from arcopo import Adapter, Method, draw_noise, iterate, sample, seeded
 
 
 class Context(NamedTuple):
@@ -26,7 +25,7 @@ class Context(NamedTuple):
 
 
 class Signals(nn.Module):
-    timesteps, flow, solver_steps = (1.0, 0.1), False, 1
+    timesteps, flow = (1.0, 0.1), False
     chunk_shape, chunks = (16,), 4
 
     def __init__(self):
@@ -61,15 +60,14 @@ def main(steps: int = 150, lr: float = 3e-3) -> tuple[float, float]:
     """Prints and returns the mean reward before and after, on noise that was not trained on."""
     torch.manual_seed(0)
     model, prompts = Signals().requires_grad_(False), ["a signal"] * 8
-    method = Method(rank=4, alpha=4.0, floor=1e-3, tau=0.01)
-    adapter = Adapter.new(model, method.rank, method.alpha, seeded(0, "adapter"))
+    method = Method(prompts=4, floor=1e-3, tau=0.01)
+    adapter = Adapter.new(model, 4, 4.0, seeded(0, "adapter"))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr, weight_decay=0)
     noise = draw_noise(model, 500, seeded(0, "judging"))
     judge = lambda: near_one(sample(model, ["a signal"] * 500, noise), [])["reward"].mean().item()
-    groups = partial(explore, model, method, prompts, near_one, 4)
     before = judge()
     for step in range(1, steps + 1):
-        row = iterate(model, adapter, optimizer, method, groups, seeded(0, step))
+        row = iterate(model, adapter, optimizer, method, prompts, near_one, seeded(0, step))
         if step % 30 == 0:
             print(f"iteration {step:3}  reward {row['reward']:.4f}")
     with adapter.on(model):

@@ -10,7 +10,9 @@ made. In the folder of that repository, with its weights:
     wrapper.load_state_dict(torch.load("checkpoints/self_forcing_dmd.pt")["generator_ema"])
     parts = wrapper, WanTextEncoder(), WanVAEWrapper()
     model = SelfForcing(*(part.to("cuda", torch.bfloat16) for part in parts))
-    method = Method(sigma=0.5, lr=1e-5, rank=64, alpha=128.0, prompts=1, micro=1)
+    method = Method(prompts=1, micro=1)
+    adapter = Adapter.new(model, 64, 128.0)
+    optimizer = torch.optim.AdamW(adapter.parameters(), 1e-5, weight_decay=0)
 
 and then as examples/own_model.py does. Not supported: a rolling window (local_attn_size).
 """
@@ -42,7 +44,7 @@ class SelfForcing(nn.Module):
         wrapper.model.num_frame_per_block = chunk_shape[0]
         self.wrapper = wrapper.requires_grad_(False)
         self.outside = text_encoder, vae        # a tuple: LoRA is for the transformer alone
-        self.chunk_shape, self.chunks, self.solver_steps = chunk_shape, chunks, len(steps) - 1
+        self.chunk_shape, self.chunks = chunk_shape, chunks
         self.timesteps = tuple(wrapper.scheduler.sigmas[1000 - s].item() for s in steps)
         (frames, _, height, width), (_, a, b) = chunk_shape, wrapper.model.patch_size
         self.tokens = frames * (height // a) * (width // b)

@@ -1,4 +1,4 @@
-"""The world and the base before training: python -m studies.base (settings of arcopo.py)
+"""The world and the base before training: python -m studies.base
 
 Writes base.csv, a row for each subject and measure. The judge's scores of sharp clips of the world
 and of the base's training clips, four of each prompt. At each pivot, for a group of branches of
@@ -11,12 +11,15 @@ import time
 from itertools import starmap
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from arcopo import draw_noise, fork, load, methods, parse, seeded
-from reward import (BACKGROUND, HELD_OUT_PROMPTS, TRAIN_PROMPTS, check_folder, check_unused,
-                    command, judge, make_clips, markdown, progress, write_rows)
+from tqdm import tqdm
 
+from arcopo import branch_noise, draw_noise, exit_code, fork, load, parse, seeded, write_csv
+from reward import BACKGROUND, HELD_OUT_PROMPTS, TRAIN_PROMPTS, judge, make_clips
+
+USED = {"out", "base", "timesteps", "seed", "device", "reward", "clip", "sigma"}
 SCORES = "all_right", "visual", "motion_quality"
 
 
@@ -38,23 +41,25 @@ def brightness(clips: Tensor) -> Tensor:
     return signal.topk(24).values.mean((-1, -2))
 
 
+def random_reward(clips: Tensor, prompts: list[str]) -> Tensor:
+    """For arcopo.py --reward studies.base:random_reward=1: noise, the same for the same clips."""
+    return torch.randn(len(clips), generator=seeded(0, "reward", clips.sum().item()))
+
+
 def study(settings) -> int:
-    used = "out base timesteps seed device precision reward clip sigma"
-    check_unused(settings, vars(settings).keys() - {*used.split()}, "this study")
     folder = Path(settings.out or time.strftime("runs/base-%Y%m%d-%H%M%S"))
-    check_folder(folder, new=True)
     model, reward, _ = load(settings)
-    folder.mkdir(parents=True, exist_ok=bool(settings.out))
+    folder.mkdir(parents=True, exist_ok=True)
     found, P, G = {}, len(HELD_OUT_PROMPTS), settings.group
     for name, quality in (("sharp clips", "sharp"), ("training clips", None)):
         prompts = 4 * TRAIN_PROMPTS
         scores = judge(make_clips(prompts, seeded(settings.seed, "study", name), quality), prompts)
         found[name] = {measure: scores[measure].mean().item() for measure in SCORES}
     prompts = [prompt for prompt in HELD_OUT_PROMPTS for _ in range(G)]
-    for pivot in progress(range(model.chunks), "base", unit="pivot"):
+    for pivot in tqdm(range(model.chunks), "base", unit="pivot"):
         rng = seeded(settings.seed, "study", pivot)
         noise = draw_noise(model, P, rng)
-        own = methods(settings)["on-policy"].branch_noise(noise, pivot, rng)
+        own = branch_noise(noise, pivot, settings.sigma, G, rng)
         clips = fork(model, HELD_OUT_PROMPTS, pivot, noise, *own)[1]
         flat = clips.flatten(0, 1)
         scores = {name: x.view(P, G).cpu() for name, x in reward(flat, prompts).items()}
@@ -66,14 +71,18 @@ def study(settings) -> int:
         found[f"pivot {pivot + 1}"] = row
     rows = [{"subject": subject, "measure": measure, "value": value}
             for subject, values in found.items() for measure, value in values.items()]
-    write_rows(folder / "base.csv", rows)
-    print(markdown([list(rows[0]), *([*map(str, row.values())] for row in rows)]))
-    print(f"\nwrote {folder}/base.csv")
+    write_csv(folder / "base.csv", rows)
+    for row in rows:
+        print(f"{row['subject']:<16}{row['measure']:<36}{row['value']:>9.4f}")
+    print(f"wrote {folder}/base.csv")
     return 0
 
 
 def main(arguments: list | None = None) -> int:
-    return command("base", lambda: study(parse(arguments, __doc__.split("\n\n")[0])))
+    try:
+        return study(parse(arguments, only=USED, description=__doc__.split("\n\n")[0]))
+    except BaseException as error:
+        return exit_code(error)
 
 
 if __name__ == "__main__":

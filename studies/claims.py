@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 from statistics import mean, median
 
-from reward import Parser, UserError, append_row, check_folder, command, nonempty
+from arcopo import Parser, exit_code
+from reward import UserError
 
 HERE = Path(__file__).resolve().parent
 SECOND = "runs/second-base"
@@ -23,9 +24,11 @@ PRETRAIN = ("python -m studies.pretrain --seed 1 --teacher-steps 1300 --student-
             f"--out {SECOND}")
 ONE = "python arcopo.py --method {} --seed S --steps {}"
 TA = ONE + " --reward ta=1 --judge-every 10"
-SDE = "python -m studies.sde_grpo --seed S --steps 60 --policy {}"
+SDE = {"contrastive": ONE.format("on-policy", 60) + " --anchors 12",
+       "gaussian": "python -m studies.sde_grpo --seed S --steps 60"}
 DISTILLED = "1,0.5,0.25,0.1"            # the times at which the student was distilled
 TUNING = "--judge-prompts training"     # no reported score of a model has these prompts
+NOISY = " --reward ta=1,vq=1,mq=1,studies.base:random_reward=0.9"
 CLOSE = 10, 11, 12                      # or these seeds; all three where one cannot decide
 POLICIES = "contrastive", "gaussian"
 RECIPE = "python arcopo.py --seed S --steps 100 --sweep 0.2,0.4,0.6,0.8,1,1.5,2"
@@ -41,51 +44,50 @@ RUNS = [  # (claims, run in the CSVs, command; S is the seed, its seeds if they 
     ("base", "base", "python -m studies.base --seed S"),
     ("base", "area, VQ alone", ONE.format("on-policy", 40) + " --reward vq=1", (0, 1)),
     ("base", "area, random reward",
-     "python -m studies.sde_grpo --seed S --steps 40 --policy contrastive --reward-noise 1000",
-     (0, 1)),
+     ONE.format("on-policy", 40) + " --reward studies.base:random_reward=1", (0, 1)),
     ("C1", "entropy", "python -m studies.entropy --seed S"),
     ("C1", "entropy", "python -m studies.entropy --seed S --timesteps 1,0.3,0.15,0.07"),
     ("C1", "entropy", "python -m studies.entropy --seed S --timesteps " + DISTILLED),
     ("C8", "cost", "python -m studies.cost --seed S"),
     ("C3 C6", "recipe", RECIPE),
-    *(("C2", "equal rows", SDE.format(policy)) for policy in POLICIES),
+    *(("C2", "equal rows", SDE[policy]) for policy in POLICIES),
     *(("C2", f"36 rows{name}", ONE.format("on-policy", 60) + f" --anchors 9{rate}")
       for name, rate in (("", ""), (", best", " --lr 4e-4"))),
     *(("C2", f"equal rows, distilled times{name}",
-       f"{SDE.format(policy)} --timesteps {DISTILLED}{rate}")
+       f"{SDE[policy]} --timesteps {DISTILLED}{rate}")
       for name, policy, rate in (("", "contrastive", ""), ("", "gaussian", ""),
                                  (", 4e-4", "contrastive", " --lr 4e-4"),
                                  (", 2e-4", "contrastive", " --lr 2e-4"),
-                                 (", 2e-4", "gaussian", " --sde-lr 2e-4"))),
-    *(("C2", "equal rows, best", f"{SDE.format(policy)} {best}") for policy, best in
-      zip(POLICIES, ("--lr 4e-4", "--sde-lr 5e-4 --floor 1e-3"))),
+                                 (", 2e-4", "gaussian", " --lr 2e-4"))),
+    *(("C2", "equal rows, best", f"{SDE[policy]} {best}") for policy, best in
+      zip(POLICIES, ("--lr 4e-4", "--lr 5e-4 --floor 1e-3"))),
     *(("C4", "ta", TA.format(method, 100)) for method in ("on-policy", "semi")),
     *(("C4 C5", "ta at 4e-4", f"{TA.format(method, 100)} {rate} 4e-4") for method, rate in
       (("on-policy", "--lr"), ("semi", "--buffer-lr"), ("off-policy", "--buffer-lr"))),
     ("C7", "flow", ONE.format("on-policy", 40) + " --base assets/teacher.safetensors"),
     ("C7", "second base",
      f"{PRETRAIN} && {ONE.format('on-policy', 60)} --base {SECOND}/base.safetensors"),
-    *(("C2", "equal rows, noisy", SDE.format(policy) + " --reward-noise 0.3")
+    *(("C2", "equal rows, noisy", SDE[policy] + NOISY)
       for policy in POLICIES),
     *(("factors", f"factors {change}".strip(), f"{ONE.format('on-policy', 40)} {change}".strip(),
        (0, 1)) for change in FACTORS),
-    *(("tuning", f"tuning {lr}", f"{SDE.format('contrastive')} --lr {lr} {TUNING}", seeds)
+    *(("tuning", f"tuning {lr}", f"{SDE['contrastive']} --lr {lr} {TUNING}", seeds)
       for lr, seeds in (("5e-5", CLOSE), ("1e-4", CLOSE), ("2e-4", CLOSE), ("4e-4", CLOSE),
                         ("1e-3", (10,)))),
-    *(("tuning", f"tuning {change}", f"{SDE.format('gaussian')} {change} {TUNING}", seeds)
-      for change, seeds in (("--sde-lr 2e-4", (10,)), ("--sde-lr 5e-4", (10,)),
-                            ("--sde-lr 1e-3", (10,)),
-                            ("--sde-lr 5e-4 --sde-clip-range 4e-6", (10,)),
-                            ("--sde-lr 2e-4 --floor 1e-3", (10, 11)),
-                            ("--sde-lr 5e-4 --floor 1e-3", (10, 11)),
-                            ("--sde-lr 1e-3 --floor 1e-3", (10,)),
-                            ("--sde-lr 5e-4 --floor 1e-3 --sde-clip-range 4e-5", (10, 11)),
-                            ("--sde-lr 5e-4 --floor 1e-3 --sde-clip-range 1.2e-4", (10, 11)))),
+    *(("tuning", f"tuning {change}", f"{SDE['gaussian']} {change} {TUNING}", seeds)
+      for change, seeds in (("--lr 2e-4", (10,)), ("--lr 5e-4", (10,)),
+                            ("--lr 1e-3", (10,)),
+                            ("--lr 5e-4 --clip-range 4e-6", (10,)),
+                            ("--lr 2e-4 --floor 1e-3", (10, 11)),
+                            ("--lr 5e-4 --floor 1e-3", (10, 11)),
+                            ("--lr 1e-3 --floor 1e-3", (10,)),
+                            ("--lr 5e-4 --floor 1e-3 --clip-range 4e-5", (10, 11)),
+                            ("--lr 5e-4 --floor 1e-3 --clip-range 1.2e-4", (10, 11)))),
     *(("tuning", f"tuning distilled {change}",
-       f"{SDE.format(policy)} --timesteps {DISTILLED} {change} {TUNING}", (10, 11))
+       f"{SDE[policy]} --timesteps {DISTILLED} {change} {TUNING}", (10, 11))
       for policy, change in (("contrastive", "--lr 1e-4"), ("contrastive", "--lr 2e-4"),
-                             ("contrastive", "--lr 4e-4"), ("gaussian", "--sde-lr 2e-4"),
-                             ("gaussian", "--sde-lr 5e-4"), ("gaussian", "--sde-lr 1e-3"))),
+                             ("contrastive", "--lr 4e-4"), ("gaussian", "--lr 2e-4"),
+                             ("gaussian", "--lr 5e-4"), ("gaussian", "--lr 1e-3"))),
     *(("tuning", f"tuning buffer {lr}", f"{ONE.format('semi', 100)} --buffer-lr {lr} {TUNING}",
        CLOSE) for lr in ("2e-4", "4e-4", "1e-3", "2e-3")),
     *(("tuning", f"tuning on-policy {change}".strip(),
@@ -99,11 +101,20 @@ def read(file: Path) -> list[dict]:
     return list(csv.DictReader(open(file, newline=""))) if file.exists() else []
 
 
+def append_row(file: Path, row: dict) -> None:
+    """Append to a CSV file. Columns that it has not are added, empty in the rows before."""
+    rows = [*read(file), row]
+    with open(file, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, dict.fromkeys(name for row in rows for name in row))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def trained(line: str) -> str:
     """The model that a command adds to results.csv last."""
     words = line.split()
     method = words[words.index("--method") + 1] if "--method" in words else "on-policy"
-    return "sde-grpo" if "gaussian" in words else method
+    return "sde-grpo" if "studies.sde_grpo" in words else method
 
 
 def done(out: Path, run: str, line: str, seed: int) -> bool:
@@ -155,13 +166,12 @@ def execute(out: Path, run: str, line: str, seed: int, extra: list[str]) -> None
 
 
 def main(arguments: list | None = None) -> int:
-    def call() -> int:
-        parser = Parser(__doc__.split("\n\n")[0])
+    try:
+        parser = Parser(description=__doc__.split("\n\n")[0])
         parser.add_argument("claims", nargs="+", metavar="CLAIM",
                             help="base, C1 ... C8, factors, tuning, durations")
         parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1 [5]")
-        parser.add_argument("--out", type=nonempty, default=str(HERE),
-                            help="folder of the CSVs [studies]")
+        parser.add_argument("--out", default=str(HERE), help="folder of the CSVs [studies]")
         parser.add_argument("--extra", type=shlex.split, default=[],
                             help="settings added to each command")
         args = parser.parse_args(arguments and [str(a) for a in arguments])
@@ -169,22 +179,17 @@ def main(arguments: list | None = None) -> int:
         if not set(args.claims) <= known:
             raise UserError(f"{' '.join(args.claims)}: expected claims of "
                             f"{', '.join(sorted(known))}")
-        if not 1 <= args.seeds <= 1000:
-            raise UserError(f"--seeds {args.seeds}: must be from 1 to 1000")
         out = Path(args.out)
-        check_folder(out)
         out.mkdir(parents=True, exist_ok=True)
         for claims, run, line, *fixed in RUNS:
             for seed in fixed[0] if fixed else range(args.seeds):
                 if set(claims.split()) & set(args.claims) and not done(out, run, line, seed):
-                    try:
-                        execute(out, run, line, seed, args.extra)
-                    except subprocess.CalledProcessError as error:
-                        raise UserError(f"{line}: failed with exit code "
-                                        f"{error.returncode}") from error
+                    execute(out, run, line, seed, args.extra)
         return 0
-
-    return command("claims", call)
+    except subprocess.CalledProcessError as error:
+        return exit_code(UserError(f"{error.cmd}: failed with exit code {error.returncode}"))
+    except BaseException as error:
+        return exit_code(error)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What an iteration costs (C8), part by part: python -m studies.cost (settings of arcopo.py)
+"""What an iteration costs (C8), part by part: python -m studies.cost
 
 Medians over rounds, side by side in one run. "counted" is what counting predicts: predictions of a
 chunk by a row, times 3 where a gradient follows; where the width changes, operations. Writes
-cost.csv: seconds, count, operations, and peak memory of the tensors that each part makes. Run it
-with nothing else running.
+cost.csv: seconds, count, operations, and peak memory of the tensors that each part makes, and the
+device. Run it with nothing else running.
 """
 
 import sys
@@ -21,11 +21,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from arcopo import (Adapter, Fork, Generator, Method, Noise, draw_noise, fork, load, methods, parse,
-                    rollout, seeded, update)
-from reward import (TRAIN_PROMPTS, UserError, check_folder, check_unused, command, markdown,
-                    progress, write_rows)
-from studies.sde_grpo import sde_grpo
+from tqdm import tqdm
+
+from arcopo import (Adapter, Fork, Generator, Method, Noise, branch_noise, draw_noise, exit_code,
+                    fork, load, parse, rollout, seeded, update, write_csv)
+from reward import TRAIN_PROMPTS, UserError
+from studies import sde_grpo
 
 ROUNDS = 3
 SCALES = [("group", 6), ("group", 24), ("chunks", 2), ("chunks", 8), ("width", 128),
@@ -96,37 +97,44 @@ class Iteration:
     """The parts of an iteration of a model at each pivot, without and with a gradient."""
 
     def __init__(self, model: Generator, settings, **changes):
-        method = replace(methods(settings)["on-policy"], **changes)
+        method = replace(settings, **changes)
         self.model, self.method, self.seed = model, method, settings.seed
-        self.sde = sde_grpo(settings)
         self.adapter = Adapter.new(model, method.rank, method.alpha, seeded(self.seed, "adapter"))
         self.optimizer = torch.optim.AdamW(self.adapter.parameters(), method.lr, weight_decay=0)
         self.prompts = TRAIN_PROMPTS[: method.prompts]
         self.rewards = torch.randn(method.prompts, method.group, generator=seeded(self.seed))
         self.rewards = self.rewards.to(model.device)
 
-    def noise(self, p: int, method: Method) -> tuple[Noise, tuple]:
-        rng = seeded(self.seed, "study")
+    def noise(self, p: int, sde: bool = False) -> tuple[Noise, torch.Tensor, torch.Tensor]:
+        """The noise, and the branches' own initial and solver noise at the pivot."""
+        rng, G = seeded(self.seed, "study"), self.method.group
         noise = draw_noise(self.model, self.method.prompts, rng)
-        return noise, method.branch_noise(noise, p, rng)
+        if sde:
+            return noise, *sde_grpo.branch_noise(noise, p, G, rng)
+        return noise, *branch_noise(noise, p, self.method.sigma, G, rng)
 
+    @torch.no_grad()
     def prefix(self, p: int) -> object:
         with self.adapter.on(self.model):
-            context, noise = self.model.begin(self.prompts), self.noise(p, self.method)[0]
-            return rollout(self.model, context, noise, 0, p)
+            return rollout(self.model, self.model.begin(self.prompts), self.noise(p)[0], 0, p)
 
-    def explore(self, p: int, method: Method | None = None) -> tuple[Fork, torch.Tensor]:
-        noise, own = self.noise(p, method or self.method)
+    @torch.no_grad()
+    def explore(self, p: int, sde: bool = False) -> tuple[Fork, torch.Tensor]:
         with self.adapter.on(self.model):
-            return fork(self.model, self.prompts, p, noise, *own)
+            return fork(self.model, self.prompts, p, *self.noise(p, sde))
 
-    def update(self, branches: Fork, method: Method | None = None) -> None:
-        update(self.model, self.adapter, branches, self.rewards, method or self.method,
-               self.optimizer, self.method.updates, seeded(0))
+    def update(self, branches: Fork, **changes) -> None:
+        update(self.model, self.adapter, self.optimizer, branches, self.rewards,
+               replace(self.method, **changes), seeded(0))
 
+    def sde_update(self, branches: Fork) -> None:
+        sde_grpo.update(self.model, self.adapter, self.optimizer, branches, self.rewards,
+                        self.method)
+
+    @torch.no_grad()
     def independent(self) -> None:
         """G rollouts of each prompt that share nothing."""
-        noise = self.noise(0, self.method)[0].repeat(self.method.group)
+        noise = self.noise(0)[0].repeat(self.method.group)
         prompts = [prompt for prompt in self.prompts for _ in range(self.method.group)]
         with self.adapter.on(self.model):
             rollout(self.model, self.model.begin(prompts), noise, 0, self.model.chunks)
@@ -134,7 +142,7 @@ class Iteration:
     @torch.no_grad()
     def uncached(self) -> None:
         """As independent, but each prediction runs over all chunks before it again."""
-        noise = self.noise(0, self.method)[0].initial.repeat_interleave(self.method.group, 0)
+        noise = self.noise(0)[0].initial.repeat_interleave(self.method.group, 0)
         prompts = [prompt for prompt in self.prompts for _ in range(self.method.group)]
         with self.adapter.on(self.model):
             for p in range(self.model.chunks):
@@ -163,7 +171,6 @@ def counts(model: Generator, m: Method) -> dict:
 def measure(it: Iteration, reward: Callable) -> dict[str, Callable]:
     """{part: what runs it}, in the order of an iteration; a part may use the ones before it."""
     L, m, parts, forks = it.model.chunks, it.method, {}, {}
-    every = replace(m, anchors=m.group)
     names = [prompt for prompt in it.prompts for _ in range(m.group)]
     for p in range(L):
         parts[f"prefix {p + 1}"] = lambda p=p: it.prefix(p)
@@ -172,18 +179,18 @@ def measure(it: Iteration, reward: Callable) -> dict[str, Callable]:
     parts["reward"] = lambda: reward(forks[0][1].flatten(0, 1).clone(), names)
     parts["independent rollouts"] = it.independent
     parts["uncached rollouts"] = it.uncached
-    parts["all branches, whole clip"] = lambda: [it.update(forks[p][0], every) for p in range(L)]
-    parts["update, all anchors"] = lambda: it.update(forks[L // 2][0], every)
-    parts["SDE-GRPO, fork"] = lambda: forks.update(sde=it.explore(L // 2, it.sde))
-    parts["SDE-GRPO, update"] = lambda: it.update(forks["sde"][0], it.sde)
+    parts["all branches, whole clip"] = lambda: [it.update(forks[p][0], anchors=m.group)
+                                                 for p in range(L)]
+    parts["update, all anchors"] = lambda: it.update(forks[L // 2][0], anchors=m.group)
+    parts["SDE-GRPO, fork"] = lambda: forks.update(sde=it.explore(L // 2, True))
+    parts["SDE-GRPO, update"] = lambda: it.sde_update(forks["sde"][0])
     return parts
 
 
 def scaled(settings, base: Generator, width: int = 0, chunks: int = 0, **changes) -> Iteration:
     """An iteration of an untrained model of another width or number of chunks."""
     torch.manual_seed(0)
-    model = Generator(width or base.width, base.layers, base.heads, base.timesteps, base.flow,
-                      base.bf16)
+    model = Generator(width or base.width, base.layers, base.heads, base.timesteps, base.flow)
     model.chunks = chunks or base.chunks
     model.position = nn.Parameter(model.position[0].repeat(model.chunks, 1, 1))
     return Iteration(model.to(base.device).requires_grad_(False), settings, **changes)
@@ -196,19 +203,20 @@ def counted_in(call: Callable) -> dict[str, float]:
     return {"operations": operations.get_total_flops(), "megabytes": memory.peak / 1e6}
 
 
+USED = set("""group sigma anchors updates prompts clip_range tau quasi_norm floor lr rank alpha out
+           base timesteps seed device reward clip""".split())
+
+
 def study(settings) -> int:
-    unused = "resume steps save_every targets prompts_file buffer_groups buffer_lr buffer_reward"
-    unused += " sweep judge_prompts judge_samples judge_every method sample buffer"
-    check_unused(settings, unused.split(), "this study")
     folder = Path(settings.out or time.strftime("runs/cost-%Y%m%d-%H%M%S"))
-    check_folder(folder, new=True)
     model, reward, _ = load(settings)
-    if not model.solver_steps:
+    if model.flow or len(model.timesteps) < 2:
         raise UserError("--base, --timesteps: SDE-GRPO needs a sampler that adds noise")
+    folder.mkdir(parents=True, exist_ok=True)
     it = Iteration(model, settings)
     parts, counted, L = measure(it, reward), counts(model, it.method), model.chunks
     seconds = {name: [] for name in parts}
-    for step in progress(range(ROUNDS + 1), "cost", unit="round"):
+    for step in tqdm(range(ROUNDS + 1), "cost", unit="round"):
         for name, call in parts.items():
             took = timed(call)[0]
             if step > 0:                                    # the first round is a warm-up
@@ -237,9 +245,18 @@ def study(settings) -> int:
         rows.append({"part": f"iteration, {name} {value}" if name else "iteration",
                      "seconds": took, "counted": count, "operations": found["operations"] / 2,
                      "megabytes": found["megabytes"]})
-    write_rows(folder / "cost.csv", rows)
+    cuda = model.device.type == "cuda"
+    device = torch.cuda.get_device_name(model.device) if cuda else "CPU"
+    write_csv(folder / "cost.csv", [row | {"device": device} for row in rows])
     print(report([rows], L) + f"\n\nwrote {folder}/cost.csv")
     return 0
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A Markdown table with aligned columns; the first row is the header."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
 
 
 def by_seed(rows: list[dict]) -> list[list[dict]]:
@@ -315,7 +332,10 @@ def report(runs: list[list[dict]], L: int) -> str:
 
 
 def main(arguments: list | None = None) -> int:
-    return command("cost", lambda: study(parse(arguments, __doc__.split("\n\n")[0])))
+    try:
+        return study(parse(arguments, only=USED, description=__doc__.split("\n\n")[0]))
+    except BaseException as error:
+        return exit_code(error)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ from statistics import median
 
 import torch
 
-from reward import Parser, UserError, check_folder, command, markdown, nonempty, write_rows
+from arcopo import Parser, exit_code, write_csv
+from reward import UserError
 from studies.claims import read
+from studies.cost import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 6       # of pre-training, that are timed
@@ -62,31 +64,32 @@ def pretraining(folder: Path) -> dict[str, tuple]:
 
 def study(args) -> int:
     folder, (recipe, tests, smoke) = Path(args.out), commands()
-    check_folder(folder, new=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
         out = Path(work)
         found = {
             "the recipe": (run([*recipe, "--out", str(out / "recipe")]), "minutes"),
             "the tests": (run(tests), "minutes"),
             "the smoke test": (run([*smoke, "--out", str(out / "smoke")]), "minutes"),
-            "the recipe's buffer": (megabytes(out / "recipe" / "buffer.safetensors"), "MB"),
+            "the recipe's buffer": (megabytes(out / "recipe" / "buffer.pt"), "MB"),
             "the packages": (megabytes(Path(torch.__file__).parent.parent), "MB"),
             "`assets/`": (megabytes(ROOT / "assets"), "MB"),
         } | pretraining(out)
-    rows = [{"what": what, "value": value, "unit": unit} for what, (value, unit) in found.items()]
-    write_rows(folder / "durations.csv", rows)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    rows = [{"what": what, "value": value, "unit": unit, "device": device}
+            for what, (value, unit) in found.items()]
+    write_csv(folder / "durations.csv", rows)
     print(markdown([list(rows[0]), *([*map(str, row.values())] for row in rows)]))
     return 0
 
 
 def main(arguments: list | None = None) -> int:
-    def call() -> int:
-        parser = Parser(__doc__.split("\n\n")[0])
-        parser.add_argument("--out", type=nonempty, default="runs/durations",
-                            help="folder to write")
+    try:
+        parser = Parser(description=__doc__.split("\n\n")[0])
+        parser.add_argument("--out", default="runs/durations", help="folder to write")
         return study(parser.parse_args(arguments and [str(a) for a in arguments]))
-
-    return command("durations", call)
+    except BaseException as error:
+        return exit_code(error)
 
 
 if __name__ == "__main__":

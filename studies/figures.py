@@ -17,7 +17,7 @@ except ModuleNotFoundError:
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from reward import Parser, check_folder, command, nonempty
+from arcopo import Parser, exit_code
 from studies.cost import by_seed, iterations
 
 HERE = Path(__file__).resolve().parent
@@ -138,13 +138,10 @@ FIGURES = {"tradeoff.png": tradeoff, "curves.png": curves, "ta.png": ta, "entrop
 
 
 def main(arguments: list | None = None) -> int:
-
-    def call() -> int:
-        parser = Parser(__doc__.split("\n\n")[0])
-        parser.add_argument("--out", type=nonempty, default=str(HERE.parent / "assets"),
-                            help="folder [assets]")
+    try:
+        parser = Parser(description=__doc__.split("\n\n")[0])
+        parser.add_argument("--out", default=str(HERE.parent / "assets"), help="folder [assets]")
         out = Path(parser.parse_args(arguments and [str(a) for a in arguments]).out)
-        check_folder(out)
         out.mkdir(parents=True, exist_ok=True)
         for name, draw in FIGURES.items():
             figure = draw()
@@ -153,8 +150,8 @@ def main(arguments: list | None = None) -> int:
             plt.close(figure)
             print(f"wrote {out / name}")
         return 0
-
-    return command("figures", call)
+    except BaseException as error:
+        return exit_code(error)
 
 
 if __name__ == "__main__":

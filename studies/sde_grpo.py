@@ -1,46 +1,34 @@
-"""The baseline of Fig. 2: python -m studies.sde_grpo --steps 100 (arcopo.py's settings, and below).
+"""The baseline of Fig. 2: python -m studies.sde_grpo --steps 60
 
-Branches share the initial noise and differ in the solver noise, whose re-noising is a Gaussian
-policy. To change only the exploration and the policy, it forks at a chunk as AR-CoPO does; the
-papers of SDE-GRPO (Flow-GRPO, DanceGRPO) let whole rollouts differ. All G branches are replayed, at
-the T - 1 steps that add noise; --policy contrastive is AR-CoPO with as many replayed branches.
+SDE-GRPO: branches share the initial noise and differ in the solver noise, whose re-noising is a
+Gaussian policy. To change only the exploration and the policy, it forks at a chunk as AR-CoPO does;
+the papers of SDE-GRPO (Flow-GRPO, DanceGRPO) let whole rollouts differ. All G branches are
+replayed, at the T - 1 steps that add noise; arcopo.py --anchors 12 replays as many rows per step.
 """
 
 import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-import arcopo
-from arcopo import (SECTIONS, Fork, Generator, Method, Noise, Settings, load_generator,
-                    neighbor_noise, replay, seeded)
-from reward import UserError, check_unused, command, open_run, option, parse_options
+from arcopo import (Adapter, Fork, Generator, Method, Noise, Settings, all_finite, average_,
+                    clipped_objective, draw_noise, exit_code, fork, group_advantages, judge_all,
+                    judge_model, metrics, neighbor_noise, option, parse, replay, reward_metrics,
+                    rewarded, start, train, write_report)
+from reward import TRAIN_PROMPTS, UserError
 
-
-LR, CLIP_RANGE = 5e-4, 1.2e-5
+USED = set("""group updates prompts clip_range quasi_norm floor steps lr rank alpha out resume base
+           timesteps seed device reward clip judge_prompts judge_samples judge_every""".split())
 
 
 @dataclass
 class SdeSettings(Settings):
-    policy: str = option("gaussian", "gaussian (SDE-GRPO) or contrastive (AR-CoPO, all G anchors)",
-                         "gaussian | contrastive")
-    sde_lr: float = option(LR, "learning rate of SDE-GRPO", "(0, 1e6]")
-    sde_clip_range: float = option(CLIP_RANGE, "ε of SDE-GRPO", "(0, inf]")
-    reward_noise: float = option(0.0, "deviation of Gaussian noise added to each training reward",
-                                 "[0, 1e6]")
-
-    def __post_init__(self):
-        unused = "method sample buffer buffer_groups buffer_lr buffer_reward sweep"
-        contrastive = self.policy == "contrastive"
-        unused += " sde_lr sde_clip_range" if contrastive else " sigma tau lr clip_range"
-        check_unused(self, unused.split(), f"--policy {self.policy}")
-        if self.anchors not in (Settings.anchors, self.group):
-            raise UserError(f"--anchors {self.anchors}: this study replays all branches")
-        self.anchors = self.anchors if self.resume else self.group
-        super().__post_init__()
+    lr: float = option(5e-4, "learning rate of AdamW")
+    clip_range: float = option(1.2e-5, "ε of the ratio clip; inf: none")
 
 
 def gaussian_log_density(x: Tensor, mean: Tensor, std: float | Tensor) -> Tensor:
@@ -49,65 +37,101 @@ def gaussian_log_density(x: Tensor, mean: Tensor, std: float | Tensor) -> Tensor
     return -((x - mean) / std).square() / 2 - std.log() - math.log(2 * math.pi) / 2
 
 
-class SdeGrpo(Method):
-    def branch_noise(self, noise: Noise, pivot: int,
-                     rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Only the solver noise differs: [P, G, *chunk_shape], [P, G, T-1, *chunk_shape]."""
-        initial = neighbor_noise(noise.initial[:, pivot], 0.0, self.group)
-        solver = neighbor_noise(noise.solver[:, pivot], 1.0, self.group, rng)
-        return initial.transpose(0, 1), solver.transpose(0, 1)
-
-    def draw_pairs(self, T: int, rng: torch.Generator) -> Tensor:
-        """The T - 1 steps that add noise; log_policies replays every branch there."""
-        return torch.cartesian_prod(torch.arange(T - 1), torch.tensor([0]))
-
-    def log_policies(self, model: Generator, branches: Fork, step: Tensor, anchor: Tensor,
-                     predict: Callable = replay) -> Tensor:
-        """log N(x_t; (1-t) x̂₀^(θ), t² I) of each branch's own re-noising -> [P, K, G]; a mean over
-        elements, as in Flow-GRPO's code. `anchor` is not used."""
-        G = self.group
-        every = torch.cartesian_prod(step, torch.arange(G, device=step.device)).T
-        mean = predict(model, branches, *every).unflatten(1, (-1, G)).flatten(3)     # [P, K, G, D]
-        t = torch.tensor(model.timesteps, device=mean.device)[step + 1].view(-1, 1, 1)
-        reached = branches.states[:, step + 1].flatten(3)
-        return gaussian_log_density(reached, (1 - t) * mean, t).mean(-1)
+def branch_noise(noise: Noise, pivot: int, group: int,
+                 rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """As arcopo.branch_noise, but the initial noise is shared and the solver noise redrawn."""
+    initial = noise.initial[:, pivot, None].expand(-1, group, *noise.initial.shape[2:])
+    return initial, neighbor_noise(noise.solver[:, pivot], 1.0, group, rng).transpose(0, 1)
 
 
-def sde_grpo(settings: Settings, lr: float = LR, clip_range: float = CLIP_RANGE) -> SdeGrpo:
-    plain = vars(arcopo.methods(settings)["on-policy"])
-    return SdeGrpo(**plain | {"lr": lr, "clip_range": clip_range})
+@torch.no_grad()
+def explore(model: Generator, method: Method, prompts: list[str], reward: Callable,
+            rng: torch.Generator) -> tuple[Fork, dict[str, Tensor]]:
+    """As arcopo.explore, but the branches of a group differ in the pivot's solver noise alone."""
+    P, G = method.prompts, method.group
+    chosen = [prompts[i] for i in torch.randperm(len(prompts), generator=rng)[:P]]
+    pivot = int(torch.randint(model.chunks, (), generator=rng))
+    noise = draw_noise(model, P, rng)
+    own = branch_noise(noise, pivot, G, rng)
+    branches, clips = fork(model, chosen, pivot, noise, *own)
+    return branches, rewarded(branches, clips, reward)
 
 
-def noisy(reward: Callable, deviation: float, seed: int) -> Callable:
-    """The reward with Gaussian noise on each clip's total, the same for the same clips."""
+def log_densities(model: Generator, branches: Fork, x0: Tensor) -> Tensor:
+    """log N(x_t; (1-t) x̂₀, t² I) of each branch's own re-noising, a mean over elements as in
+    Flow-GRPO's code. x0 [P, T - 1, G, *chunk_shape] -> [P, T - 1, G]."""
+    t = torch.tensor(model.timesteps[1:], device=x0.device).view(-1, 1, 1)
+    reached = branches.states[:, 1:].flatten(3)
+    return gaussian_log_density(reached, (1 - t) * x0.flatten(3), t).mean(-1)
 
-    def call(clips: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-        scores = reward(clips, prompts)
-        generator = seeded(seed, "reward noise", scores["reward"].sum().item())
-        noise = torch.randn(len(clips), generator=generator).to(scores["reward"])
-        return scores | {"reward": scores["reward"] + deviation * noise}
 
-    return call
+def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer, branches: Fork,
+           rewards: Tensor, method: Method) -> dict[str, Tensor]:
+    """As arcopo.update on-policy, with the Gaussian policy in place of the contrastive one."""
+    T, G = len(model.timesteps), method.group
+    every = torch.cartesian_prod(torch.arange(T - 1), torch.arange(G)).to(model.device)
+    advantages = group_advantages(rewards, method.quasi_norm, method.floor)[:, None]
+
+    def log_policy() -> Tensor:
+        x0 = replay(model, branches, every[:, 0], every[:, 1])
+        return log_densities(model, branches, x0.unflatten(1, (T - 1, G)))
+
+    with adapter.on(model):
+        old = log_policy().detach()
+    norms, ratios, skipped = [], [], 0
+    for _ in range(method.updates):
+        optimizer.zero_grad()
+        with adapter.on(model):
+            log_ratio = log_policy() - old
+            (-clipped_objective(log_ratio, advantages, method.clip_range)).backward()
+        norms.append(nn.utils.get_total_norm([average_(p.grad) for p in adapter.parameters()]))
+        ratios.append(log_ratio.detach().exp())
+        if torch.isfinite(norms[-1]):
+            optimizer.step()
+        else:
+            skipped += 1
+    rollouts = log_densities(model, branches, branches.candidates[:, :-1])
+    clipped = (ratios[-1] - 1) * advantages.sign() > method.clip_range
+    return {"replay_error": (old - rollouts).abs().mean(), "ratio_first": ratios[0].mean(),
+            "clip_fraction": clipped.float().mean(), "grad_norm": torch.stack(norms).mean(),
+            "skipped": rewards.new_full((), skipped)}
+
+
+def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer, method: Method,
+            prompts: list[str], reward: Callable, rng: torch.Generator) -> dict:
+    """As arcopo.iterate."""
+    began = time.perf_counter()
+    with torch.no_grad(), adapter.on(model):
+        branches, scores = explore(model, method, prompts, reward, rng)
+    row = reward_metrics(scores, method.floor)
+    row |= update(model, adapter, optimizer, branches, scores["reward"], method)
+    return metrics([row], [branches], began)
+
+
+def run(settings: SdeSettings) -> int:
+    """As arcopo.run."""
+    began = time.perf_counter()
+    folder, model, reward, _ = start(settings)
+    if model.flow or len(model.timesteps) < 2:
+        raise UserError("--base, --timesteps: this sampler adds no noise that SDE-GRPO could "
+                        "explore; choose a consistency model with two or more times")
+    iteration = lambda adapter, optimizer, rng: iterate(model, adapter, optimizer, settings,
+                                                        TRAIN_PROMPTS, reward, rng)
+    point = lambda: judge_model(model, reward, settings, min(2, settings.judge_samples), "curve")[1]
+    adapter, rows = train("sde-grpo", model, settings, settings.lr, iteration, point, folder)
+    clips, scores = judge_all(model, reward, settings, {"base": None, "sde-grpo": adapter})
+    write_report(folder, settings, clips, scores, time.perf_counter() - began)
+    return 0 if all_finite(rows, scores) else 1
 
 
 def main(arguments: list | None = None) -> int:
-    def call() -> int:
-        given = parse_options(
-            SdeSettings, SECTIONS | {"policy": "SDE-GRPO"}, arguments, __doc__.split("\n\n")[0]
-        )
-        settings, _ = open_run(given)  # with --resume, those of the run
-        if not load_generator(settings.base, timesteps=settings.timesteps).solver_steps:
-            raise UserError(
-                "--base, --timesteps: this sampler adds no noise that SDE-GRPO could "
-                "explore; choose a consistency model with two or more times"
-            )
-        own = {"sde-grpo": sde_grpo(settings, settings.sde_lr, settings.sde_clip_range)}
-        if settings.policy == "contrastive":
-            own = {"on-policy": arcopo.methods(settings)["on-policy"]}
-        wrap = lambda reward: noisy(reward, settings.reward_noise, settings.seed)
-        return arcopo.run(given, own, wrap)
-
-    return command("sde_grpo", call)
+    folder = ""
+    try:
+        settings = parse(arguments, SdeSettings, USED, __doc__.split("\n\n")[0])
+        settings.out = folder = settings.resume or settings.out or time.strftime("runs/sde-%H%M%S")
+        return run(settings)
+    except BaseException as error:
+        return exit_code(error, folder)
 
 
 if __name__ == "__main__":

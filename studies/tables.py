@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from reward import Parser, UserError, command, markdown, write_whole
+from arcopo import Parser, exit_code
+from reward import UserError
 from studies.base import SCORES
 from studies.claims import PRETRAIN, TUNING, read
-from studies.cost import by_seed, report, spread
+from studies.cost import by_seed, markdown, report, spread
 from studies.pretrain import COUNTS
 
 HERE = Path(__file__).resolve().parent
@@ -325,20 +326,20 @@ def filled(text: str) -> str:
 
 
 def main(arguments: list | None = None) -> int:
-    def call() -> int:
-        parser = Parser(__doc__.split("\n\n")[0])
+    try:
+        parser = Parser(description=__doc__.split("\n\n")[0])
         parser.add_argument("--check", action="store_true", help="compare, write nothing")
         check = parser.parse_args(arguments and [str(a) for a in arguments]).check
-        texts = {file: filled(file.read_text(encoding="utf-8")) for file in FILES}
-        for file, text in texts.items():
-            if not check:
-                write_whole(file, text)
-            elif text != file.read_text(encoding="utf-8"):
+        for file in FILES:
+            before = file.read_text(encoding="utf-8")
+            after = filled(before)
+            if check and after != before:
                 raise UserError(f"{file}: its tables are not those of the CSVs; run python -m "
                                 "studies.tables")
+            file.write_text(after, encoding="utf-8")
         return 0
-
-    return command("tables", call)
+    except BaseException as error:
+        return exit_code(error)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,21 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from reward import (COLOURS, FRAMES, MOTIONS, SHAPES, SIZE, TRAIN_PROMPTS, WORDINGS, Parser,
-                    UserError, check_folder, command, make_clips, nonempty, prompt_of, worded,
-                    write_weights, write_whole)
+from arcopo import Parser, exit_code
+from reward import (COLOURS, FRAMES, MOTIONS, SHAPES, SIZE, TRAIN_PROMPTS, WORDINGS, make_clips,
+                    prompt_of, worded)
 
 CLIP_CONFIG = {
     "model_cfg": {
-        "embed_dim": 64, "vision_cfg": {"image_size": SIZE, "layers": [1, 1, 1, 1], "width": 16},
-        "text_cfg": {
-            "context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}},
+        "embed_dim": 64,
+        "vision_cfg": {"image_size": SIZE, "layers": [1, 1, 1, 1], "width": 16},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2,
+                     "layers": 2}},
     "preprocess_cfg": {"mean": [0.1] * 3, "std": [0.25] * 3}}
 
 
@@ -28,9 +30,8 @@ def muon_and_adamw(model: torch.nn.Module, hidden: list[Tensor]) -> list[torch.o
     """Muon for the hidden matrices, AdamW for the rest."""
     chosen = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    return [
-        torch.optim.Muon(hidden, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0)]
+    return [torch.optim.Muon(hidden, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0)]
 
 
 class NoBfloat16(TorchFunctionMode):
@@ -77,9 +78,8 @@ def train_clip(out: Path, steps: int, seed: int) -> None:
         for kind in kinds:
             motions = torch.randint(len(MOTIONS), (len(COLOURS), len(SHAPES)),
                                     generator=generator).tolist()
-            drawn = [
-                prompt_of(c, s, motions[c][s]) for c in range(len(COLOURS))
-                for s in range(len(SHAPES))]
+            drawn = [prompt_of(c, s, motions[c][s]) for c in range(len(COLOURS))
+                     for s in range(len(SHAPES))]
             prompts = [prompt for prompt in drawn if prompt in TRAIN_PROMPTS]
             clips = make_clips(prompts, generator, kind)
             frame = torch.randint(FRAMES, (len(clips),), generator=generator)
@@ -88,8 +88,8 @@ def train_clip(out: Path, steps: int, seed: int) -> None:
         images = torch.cat(frames)
         gain, sigma = torch.rand(2, len(images), 1, 1, 1, generator=generator)
         gain, sigma = 0.2 * gain, 0.05 * sigma
-        images = (images * (0.9 + gain) +
-                  sigma * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+        images = (images * (0.9 + gain)
+                  + sigma * torch.randn(images.shape, generator=generator)).clamp(0, 1)
         with torch.autocast("cpu", torch.bfloat16):
             image = model.encode_image((images - mean) / std, normalize=True)
             text = model.encode_text(tokenizer(captions), normalize=True)
@@ -103,32 +103,24 @@ def train_clip(out: Path, steps: int, seed: int) -> None:
         accuracy = (logits.argmax(1) == target).float().mean().item()
         bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.2f}")
     out.mkdir(parents=True, exist_ok=True)
-    weights = {
-        name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()}
-    write_whole(out / "open_clip_config.json", json.dumps(CLIP_CONFIG, indent=1) + "\n")
-    write_weights(out / "open_clip_model.safetensors", weights, {"config": CLIP_CONFIG})
+    weights = {name: t.half() if t.is_floating_point() else t
+               for name, t in model.state_dict().items()}
+    (out / "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG, indent=1) + "\n")
+    save_file(weights, out / "open_clip_model.safetensors")
 
 
 def main(arguments: list | None = None) -> int:
-
-    def call() -> int:
-        parser = Parser("Train the shipped CLIP from nothing.")
-        parser.add_argument("--out",
-                            type=nonempty,
-                            default="runs/clip",
-                            help="folder to write, for arcopo.py --clip [runs/clip]")
+    try:
+        parser = Parser(description="Train the shipped CLIP from nothing.")
+        parser.add_argument("--out", default="runs/clip", help="folder to write [runs/clip]")
         parser.add_argument("--steps", type=int, default=600, help="training steps [600]")
         parser.add_argument("--seed", type=int, default=0, help="seed of everything random [0]")
         args = parser.parse_args(arguments and [str(a) for a in arguments])
-        for name, low in (("steps", 1), ("seed", 0)):
-            if not low <= getattr(args, name) < 2**63:
-                raise UserError(f"--{name} {getattr(args, name)}: must be >= {low}")
-        check_folder(Path(args.out), new=True)
         train_clip(Path(args.out), args.steps, args.seed)
         print(f"wrote {args.out}; use it with arcopo.py --clip {args.out}")
         return 0
-
-    return command("train_clip", call)
+    except BaseException as error:
+        return exit_code(error)
 
 
 if __name__ == "__main__":
