@@ -816,10 +816,10 @@ def save_whole(content, file: Path) -> None:
 
 def write_csv(file: Path, rows: list[dict], mode: str = "w") -> None:
     """mode "a" appends, and writes the header if the file is new or empty."""
-    if RANK == 0 and rows:
+    if RANK == 0:
         with open(file, mode, newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, rows[0], lineterminator="\n")
-            if f.tell() == 0:
+            writer = csv.DictWriter(f, rows[0] if rows else [], lineterminator="\n")
+            if rows and f.tell() == 0:
                 writer.writeheader()
             for row in rows:                            # NaN, of what is undefined: empty
                 writer.writerow({name: "" if x != x else x for name, x in row.items()})
