@@ -42,6 +42,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -485,9 +486,10 @@ class Adapter:
     @contextmanager
     def on(self, model: nn.Module):
         """Inside, the model is the adapted one. Hooks add the low-rank terms to the outputs; where
-        no gradient is recorded (torch.no_grad), they are merged into float32 weights, which is
-        faster. What it did to the model is undone exactly; several adapters add up."""
+        no gradient is recorded (torch.no_grad), they are merged into float32 weights that nothing
+        else uses, which is faster. All is undone exactly; several adapters add up."""
         scale = self.alpha / self.rank
+        uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
 
         def add(A: Tensor, B: Tensor, layer: nn.Module, x: tuple, y: Tensor) -> Tensor:
             with torch.autocast(y.device.type, enabled=False):          # in float32
@@ -497,11 +499,13 @@ class Adapter:
         with ExitStack() as undo:
             for name, (A, B) in self.weights.items():
                 layer = model.get_submodule(name)
-                if torch.is_grad_enabled() or layer.weight.dtype != torch.float32:
-                    undo.enter_context(layer.register_forward_hook(partial(add, A, B)))
+                weight = layer._parameters.get("weight")        # None: parametrized
+                alone = weight is not None and uses[id(weight)] == 1
+                if not torch.is_grad_enabled() and alone and weight.dtype == torch.float32:
+                    undo.callback(setattr, weight, "data", weight.data)
+                    weight.data = weight + scale * B @ A
                 else:
-                    undo.callback(setattr, layer.weight, "data", layer.weight.data)
-                    layer.weight.data = layer.weight + scale * B @ A
+                    undo.enter_context(layer.register_forward_hook(partial(add, A, B)))
             yield model
 
     def save(self, folder: str | Path, model: nn.Module) -> None:
