@@ -528,22 +528,26 @@ class Adapter:
             raise UserError(f"--adapter {folder}: is no adapter; there are {', '.join(others)}"
                             if others else f"--adapter {folder}: there is no {file.name}")
         try:
-            tensors = load_file(file)
             with safe_open(str(file), "pt") as f:
                 record = json.loads(f.metadata()["arcopo"])
+            for name, value in trained_on(model).items():
+                if record[name] != value:
+                    raise UserError(f"--adapter {folder}: was trained with {name} {record[name]}, "
+                                    f"not {value}; see --{name}")
             config = json.loads(file.with_name("adapter_config.json").read_text())
+            tensors, weights = load_file(file), {}
+            for name in dict.fromkeys(key[len(PEFT) :].split(".lora_")[0] for key in tensors):
+                layer = model.get_submodule(name)
+                A, B = (tensors[f"{PEFT}{name}.lora_{letter}.weight"] for letter in "AB")
+                if (B @ A).shape != layer.weight.shape:
+                    raise ValueError(f"{name} has another size")
+                weights[name] = tuple(z.to(layer.weight.device).requires_grad_() for z in (A, B))
+            return cls(weights, config["lora_alpha"])
+        except UserError:
+            raise
         except Exception as error:      # safetensors has its own kinds
-            raise UserError(f"--adapter {folder}: not a whole adapter ({error!r})") from error
-        for name, value in trained_on(model).items():
-            if record[name] != value:
-                raise UserError(f"--adapter {folder}: was trained with {name} {record[name]}, not "
-                                f"{value}; see --{name}")
-        weights = {}
-        for name in dict.fromkeys(key[len(PEFT) :].split(".lora_")[0] for key in tensors):
-            device = model.get_submodule(name).weight.device
-            pair = (tensors[f"{PEFT}{name}.lora_{letter}.weight"] for letter in "AB")
-            weights[name] = tuple(z.to(device).requires_grad_() for z in pair)
-        return cls(weights, config["lora_alpha"])
+            raise UserError(f"--adapter {folder}: not an adapter of this model ({error!r})"
+                            ) from error
 
 
 def trained_on(model: nn.Module) -> dict:
@@ -849,27 +853,29 @@ def train(name: str, model: Generator, settings: "Settings", lr: float, iteratio
             p.data.copy_(q)
         optimizer.load_state_dict(saved["optimizer"])
         rows, curve, first = saved["rows"], saved["curve"], len(saved["rows"]) + 1
+        if first > settings.steps + 1:
+            raise UserError(f"--steps {settings.steps}: {name} has done {first - 1} already")
         curve = [row for row in curve if judged(row["step"])]       # without the end, if extended
     write_csv(folder / f"{name}.csv", rows)
     write_csv(folder / f"{name}-curve.csv", curve)
-    bar = progress(total=settings.steps, initial=len(rows), desc=name, unit="it")
-    for step in range(first, settings.steps + 1):                   # step 0 only judges
-        if step > 0:
-            rows.append({"step": step} | iteration(adapter, optimizer,
-                                                   seeded(seed, kind, step, *own)))
-            write_csv(folder / f"{name}.csv", rows[-1:], "a")
-            bar.update()
-        if judged(step):
-            with torch.no_grad(), adapter.on(model):
-                means = {column: x.mean().item() for column, x in point().items()}
-            curve.append({"step": step} | means)
-            write_csv(folder / f"{name}-curve.csv", curve[-1:], "a")
-            adapter.save(folder / name, model)
-        save_whole({"parameters": adapter.parameters(), "optimizer": optimizer.state_dict(),
-                    "rows": rows, "curve": curve}, checkpoint)
-        bar.set_postfix({what: f"{of[-1]['reward']:+.2f}" for what, of in
-                         (("reward", rows), ("judged reward", curve)) if of})
-    bar.close()
+    with progress(total=settings.steps, initial=len(rows), desc=name, unit="it") as bar:
+        for step in range(first, settings.steps + 1):               # step 0 only judges
+            if step > 0:
+                rows.append({"step": step} | iteration(adapter, optimizer,
+                                                       seeded(seed, kind, step, *own)))
+                write_csv(folder / f"{name}.csv", rows[-1:], "a")
+                bar.update()
+            if judged(step):
+                with torch.no_grad(), adapter.on(model):
+                    means = {column: x.mean().item() for column, x in point().items()}
+                curve.append({"step": step} | means)
+                write_csv(folder / f"{name}-curve.csv", curve[-1:], "a")
+                if RANK == 0:
+                    adapter.save(folder / name, model)
+            save_whole({"parameters": adapter.parameters(), "optimizer": optimizer.state_dict(),
+                        "rows": rows, "curve": curve}, checkpoint)
+            bar.set_postfix({what: f"{of[-1]['reward']:+.2f}" for what, of in
+                             (("reward", rows), ("judged reward", curve)) if of})
     return adapter, rows
 
 
@@ -945,7 +951,7 @@ def write_report(folder: Path, settings: "Settings", clips: dict[str, Tensor],
     elif chosen:
         report += "* In merged/: the largest s that improves both reward and judge over the base.\n"
     if chosen and not better[chosen]:
-        report += "  It is worse than the base: use the base, or train with other settings.\n"
+        report += "  It does not improve both: use the base, or train with other settings.\n"
     write_csv(folder / "judged.csv", rows)
     if RANK == 0:
         (folder / "report.md").write_text(report, encoding="utf-8")
@@ -1006,6 +1012,8 @@ class Settings(Method):
             raise ValueError(f"timesteps {self.timesteps}: must fall from 1 toward 0")
         if not all(0 < s < math.inf for s in self.sweep):
             raise ValueError(f"sweep {self.sweep}: must be numbers above 0")
+        if self.prompts > len(TRAIN_PROMPTS):
+            raise ValueError(f"prompts {self.prompts}: must be at most {len(TRAIN_PROMPTS)}")
 
 
 CHANGEABLE = {"resume", "steps", "micro", "device", "sweep", "judge_samples"}   # with --resume
@@ -1043,6 +1051,8 @@ def parse(arguments: list | None = None, cls: type = Settings, only: set | None 
             parser.add_argument(flag(f.name), type=numbers if f.type is tuple else f.type,
                                 help=text, metavar="X", choices=f.metadata["choices"] or None)
     given = vars(parser.parse_args(arguments and [str(a) for a in arguments]))
+    for name in [name for name, value in given.items() if value == ""]:
+        raise UserError(f"{flag(name)}: must not be empty")
     for name in given.keys() & {"base", "clip"}:
         if Path(given[name]).exists():                          # for --resume from elsewhere
             given[name] = str(Path(given[name]).resolve())
@@ -1056,7 +1066,7 @@ def parse(arguments: list | None = None, cls: type = Settings, only: set | None 
     try:
         settings = cls(**given)
     except ValueError as error:
-        raise UserError(f"--{error}") from error
+        raise UserError(flag(str(error))) from error
     mode = f"--method {settings.method}" if settings.method else "the recipe"
     unused = WITHOUT_EFFECT[settings.method]
     if settings.sample:
@@ -1072,6 +1082,8 @@ def choose_device(name: str) -> str:
     if name == "cuda" and "LOCAL_RANK" in os.environ:           # set by torchrun
         name += ":" + os.environ["LOCAL_RANK"]
     try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise RuntimeError("neither cpu nor cuda")
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: cannot be used ({error})") from error
@@ -1100,37 +1112,42 @@ def read_record(folder: str | Path) -> dict:
     """What settings.json of a run holds. Raises UserError."""
     try:
         record = json.loads((Path(folder) / "settings.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if record["settings"].keys() != {f.name for f in fields(Settings)}:
+            raise ValueError("its settings are of another version of this program")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"--resume {folder}: not the folder of a run ({error})") from error
-    values = record["settings"].items()
-    return record | {"settings": {k: tuple(v) if isinstance(v, list) else v for k, v in values}}
+    for name, value in record["settings"].items():
+        record["settings"][name] = tuple(value) if isinstance(value, list) else value
+    return record
 
 
 def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
     """Begin a run, or continue it: its folder, with settings.json, and what load returns. A new run
     takes no folder that has a settings.json. Raises UserError."""
-    settings.device, folder = choose_device(settings.device), Path(settings.out)
+    settings.device = choose_device(settings.device)
     if dist.is_torchelastic_launched() and not dist.is_initialized():           # by torchrun
         dist.init_process_group("nccl" if settings.device.startswith("cuda") else "gloo")
     processes = dist.get_world_size() if dist.is_initialized() else 1
+    folder, git = Path(settings.out), ["git", "-C", str(ASSETS.parent), "rev-parse", "HEAD"]
+    record = {"settings": asdict(settings), "processes": processes, "torch": torch.__version__,
+              "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+              "command": sys.argv, "reward_scales": None}
     if settings.resume:
-        record = read_record(folder)
+        record = read_record(folder) | {"settings": asdict(settings) | {"resume": ""}}
         if record["processes"] != processes:
-            raise UserError(f"--resume {folder}: start as many processes as the run has, "
-                            f"{record['processes']}")
-        return folder, *load(settings, record["reward_scales"])
-    if (folder / "settings.json").exists():
+            raise UserError(f"--resume {folder}: start {record['processes']} processes, as before")
+    elif (folder / "settings.json").exists():
         raise UserError(f"--out {folder}: holds a run; --resume it or name another folder")
-    parts = load(settings)
+    model, reward, buffer_reward = load(settings, record["reward_scales"])
+    record["reward_scales"] = reward.scales
     if RANK == 0:
-        git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        record = {"settings": asdict(settings), "processes": processes, "torch": torch.__version__,
-                  "commit": commit, "command": sys.argv, "reward_scales": parts[1].scales}
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "settings.json", "x", encoding="utf-8") as f:
-            json.dump(record, f, indent=1)
-    return folder, *parts
+        if not settings.resume:
+            (folder / "settings.json").touch(exist_ok=False)    # no other run has this folder
+        part = folder / "settings.json.part"
+        part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, folder / "settings.json")
+    return folder, model, reward, buffer_reward
 
 
 def run(settings: Settings) -> int:
@@ -1186,12 +1203,12 @@ def stream(settings: Settings) -> int:
 def exit_code(error: BaseException, folder: str = "") -> int:
     """Print the one line of a user's mistake -> exit code. Raises the error if it is none."""
     message, code = str(error), 2
-    lacks_memory = any(words in message.lower() for words in ("memory", "allocate", "alloc_failed"))
+    no_memory = re.search("out of memory|can't allocate|alloc_failed", message, re.IGNORECASE)
     if isinstance(error, SystemExit):
         return error.code or 0                                  # --help
     if isinstance(error, KeyboardInterrupt):
         message, code = "interrupted", 130
-    elif isinstance(error, (RuntimeError, MemoryError)) and lacks_memory:
+    elif isinstance(error, MemoryError) or isinstance(error, RuntimeError) and no_memory:
         message = f"out of memory ({message}); lower --micro, also when you resume"
     elif not isinstance(error, (UserError, OSError)):
         raise error
@@ -1214,4 +1231,5 @@ def main(arguments: list | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")        # a terminal may lack Δ
     sys.exit(main())

@@ -334,9 +334,9 @@ def parse_rewards(text: str) -> dict[str, float]:
         weights = {}
     known = all(name in OF_CLIP or ":" in name for name in weights)
     positive = all(0 < weight < math.inf for weight in weights.values())
-    if not (weights and known and positive):
-        raise UserError(f"reward {text!r}: expected NAME=WEIGHT,... with each NAME ta, vq, mq or "
-                        "module:function, and each WEIGHT above 0")
+    if not (weights and known and positive and len(weights) == len(parts)):
+        raise UserError(f"reward {text!r}: expected NAME=WEIGHT,... with different NAMEs, each ta, "
+                        "vq, mq or module:function, and WEIGHTs above 0")
     return weights
 
 
@@ -398,9 +398,9 @@ class WeightedReward:
             clips, prompts = clips.clone(), list(prompts)
         try:
             value = self.functions[name](clips, prompts)
-        except UserError:
+        except (UserError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             traceback.print_exc()
             raise UserError(f"--reward {name}: failed ({error!r}); see the traceback above"
                             ) from error

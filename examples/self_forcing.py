@@ -7,7 +7,8 @@ pipeline. Without --check it prints the memory that 1.3 B needs. No run with the
 made. In the folder of that repository, with its weights:
 
     wrapper = WanDiffusionWrapper(is_causal=True, timestep_shift=5.0)
-    wrapper.load_state_dict(torch.load("checkpoints/self_forcing_dmd.pt")["generator_ema"])
+    saved = torch.load("checkpoints/self_forcing_dmd.pt", weights_only=True)
+    wrapper.load_state_dict(saved["generator_ema"])
     parts = wrapper, WanTextEncoder(), WanVAEWrapper()
     model = SelfForcing(*(part.to("cuda", torch.bfloat16) for part in parts))
     method = Method(prompts=1, micro=1)
