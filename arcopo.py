@@ -1135,7 +1135,8 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
     if settings.resume:
         record = read_record(folder) | {"settings": asdict(settings) | {"resume": ""}}
         if record["processes"] != processes:
-            raise UserError(f"--resume {folder}: start {record['processes']} processes, as before")
+            raise UserError(f"--resume {folder}: start as many processes as before, "
+                            f"{record['processes']}")
     elif (folder / "settings.json").exists():
         raise UserError(f"--out {folder}: holds a run; --resume it or name another folder")
     model, reward, buffer_reward = load(settings, record["reward_scales"])
