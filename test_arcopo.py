@@ -28,18 +28,22 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributions import Normal
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import arcopo
 import reward
-from arcopo import (Adapter, Fork, Generator, Method, Settings, branch_noise, choose_strength,
+from arcopo import (Adapter, Fork, Generator, Method, Noise, Settings, branch_noise, choose_strength,
                     clipped_objective, collect_buffer, denoise, draw_from, draw_noise, draw_pairs,
                     explore, fork, group_advantages, iterate, iterate_buffered, merge_adapters,
                     neighbor_noise, replay, rollout, sample, sample_batches, seeded,
                     surrogate_log_policy, update)
 from reward import (CHUNKS, HELD_OUT_PROMPTS, QUALITIES, TRAIN_PROMPTS, ClipReward, UserError,
                     WeightedReward, evaluate, judge, make_clips)
+from examples import rewards
+from studies import base as base_study
+from studies import claims, cost, durations, entropy, pretrain, sde_grpo, tables, train_clip
 
 HERE = Path(arcopo.__file__).resolve().parent
 PROMPTS = TRAIN_PROMPTS[:3]
@@ -2074,3 +2078,320 @@ def test_the_readmes_python_runs(recipe, base):
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert blocks and done.returncode == 0, done.stderr
     assert done.stdout
+
+
+# ------------------------------------------------------------------ studies: the baseline
+
+def sde_forked(model: Generator, pivot: int) -> tuple[Noise, Tensor, Fork, Tensor]:
+    """The noise, the branches' own solver noise, and what fork returns."""
+    noise = draw_noise(model, len(PROMPTS), seeded(0))
+    own = sde_grpo.branch_noise(noise, pivot, 4, seeded(0, 1))
+    return noise, own[1], *fork(model, PROMPTS, pivot, noise, *own)
+
+
+def test_gaussian_log_density_is_that_of_torch_distributions():
+    x, mean = torch.randn(2, 3, 4, generator=seeded(0), dtype=torch.double)
+    for std in (0.3, torch.tensor([0.1, 0.5, 1.0, 2.0], dtype=torch.double)):
+        expected = Normal(mean, std).log_prob(x)
+        assert torch.allclose(sde_grpo.gaussian_log_density(x, mean, std), expected, rtol=1e-6)
+
+
+def test_sde_branches_differ_in_the_pivots_solver_noise_alone():
+    """Each is what plain sampling gives from the shared noise with that tensor exchanged."""
+    model, pivot = tiny(), 2
+    noise, own, branches, clips = sde_forked(model, pivot)
+    shared = noise.initial[:, pivot, None].expand_as(branches.states[:, 0])
+    assert torch.equal(branches.states[:, 0], shared)
+    for b in range(4):
+        solver = noise.solver.clone()
+        solver[:, pivot] = own[:, b]
+        plain = sample(model, PROMPTS, noise._replace(solver=solver))
+        assert torch.allclose(plain, clips[:, b], atol=1e-5)
+    assert (clips[:, 1:] - clips[:, :1]).abs().amax((2, 3, 4, 5)).min() > 1e-3
+    related = torch.corrcoef(own.transpose(0, 1).flatten(1)) - torch.eye(4)
+    assert related.abs().max() < 0.02 and abs(own.std() - 1) < 0.02
+
+
+def test_sde_ascends_the_log_densities_of_its_re_noisings():
+    """The first step is their gradient, weighted by the advantages, as all ratios are 1."""
+    model, adapter = tiny(), nonzero(new_adapter(tiny()))
+    with torch.no_grad(), adapter.on(model):
+        _, _, branches, clips = sde_forked(model, 1)
+    scores, J = clips.flatten(2).mean(2), 0
+    advantages = group_advantages(scores, 0, tiny_method().floor)
+    found = sde_grpo.log_densities(model, branches, branches.candidates[:, :-1])
+    for i, (t, t_next) in enumerate(zip(model.timesteps, model.timesteps[1:])):
+        with adapter.on(model):
+            x0 = model.predict(branches.states[:, i].flatten(0, 1), t, branches.context.repeat(4))
+        policy = Normal((1 - t_next) * x0, t_next)
+        density = policy.log_prob(branches.states[:, i + 1].flatten(0, 1)).flatten(1).mean(1)
+        assert torch.allclose(found[:, i].flatten(), density, atol=1e-4)
+        J = J + (density.view(3, 4) * advantages).mean() / 3
+    gradients = torch.autograd.grad(J, adapter.parameters())
+    before = [p.detach().clone() for p in adapter.parameters()]
+    optimizer = torch.optim.SGD(adapter.parameters(), 1.0)
+    row = sde_grpo.update(model, adapter, optimizer, branches, scores, tiny_method(updates=1))
+    assert row["ratio_first"] == 1 and row["replay_error"] < 1e-4 and row["clip_fraction"] == 0
+    for p, old, gradient in zip(adapter.parameters(), before, gradients):
+        assert torch.allclose(p - old, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_a_run_of_the_baseline_writes_its_files_and_resumes(tmp_path, base, quick, monkeypatch):
+    monkeypatch.setattr(sde_grpo, "judge_model", arcopo.judge_model)
+    line = ["--group", 3, *TINY[4:], *BLUE, "--steps", 2, "--base", base, "--out"]
+    assert sde_grpo.main([*line, tmp_path / "whole"]) == 0
+    files = {"sde-grpo", "sde-grpo.csv", "sde-grpo-curve.csv"}
+    assert left(tmp_path / "whole") == LEFT | files
+    assert [row["ratio_first"] for row in read(tmp_path / "whole" / "sde-grpo.csv")] == ["1.0"] * 2
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        dies(patch, sde_grpo, "iterate", 2, False)
+        sde_grpo.main([*line, tmp_path / "killed"])
+    assert sde_grpo.main(["--resume", tmp_path / "killed"]) == 0
+    assert ending(tmp_path / "killed") == ending(tmp_path / "whole")
+
+
+def test_the_baseline_refuses_a_sampler_without_noise(tmp_path, base, capsys):
+    flow = save_base(tmp_path / "flow.safetensors", little(flow=True))
+    for more in (["--base", flow], ["--base", base, "--timesteps", "1"]):
+        assert sde_grpo.main([*more, "--out", tmp_path / "run"]) == 2
+        out, error = capsys.readouterr()
+        assert error.startswith("arcopo: --base, --timesteps: ") and error.count("\n") == 1
+        assert "--resume" not in error and not out and not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------ studies: measurements
+
+@pytest.mark.parametrize("study", [entropy, base_study, cost, sde_grpo])
+def test_a_study_takes_only_the_settings_that_it_uses(study, capsys):
+    assert study.main(["--help"]) == 0
+    options = set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", capsys.readouterr().out, re.MULTILINE))
+    assert options == {"--help"} | {arcopo.flag(name) for name in study.USED}
+    assert ("--lr" in options) == (study in (cost, sde_grpo))
+    for line in (["--sample", PROMPTS[0]], ["--out", ""], ["--seed", "-1"]):
+        assert study.main(line) == 2 and line[0] in told(capsys)
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_the_entropy_study_measures_a_change_only_where_noise_is_redrawn(flow, tmp_path, quick,
+                                                                         monkeypatch):
+    monkeypatch.setattr(entropy, "HELD_OUT_PROMPTS", PROMPTS)
+    file = save_base(tmp_path / "base.safetensors", tiny(flow=flow))
+    assert entropy.main(["--base", file, *BLUE, "--out", tmp_path / "run"]) == 0
+    rows = read(tmp_path / "run" / "entropy.csv")
+    assert len(rows) == (2 if flow else 5) * CHUNKS
+    for row in rows:                                    # rows of a batch may round differently
+        for column in ("pivot_chunk", "from_pivot_on", "reward"):
+            assert (float(row[column]) < 1e-4) == (row["source"] == "nothing"), row
+
+
+def test_the_base_study(tmp_path, quick, monkeypatch):
+    """Its correlation is torch's; sharp clips score higher than training clips."""
+    x, y = torch.randn(2, 5, 4, generator=seeded(0), dtype=torch.double)
+    flat = [(z - z.mean(1, keepdim=True)).flatten() for z in (x + y, x)]
+    expected = torch.corrcoef(torch.stack(flat))[0, 1].item()
+    assert math.isclose(base_study.correlation(x + y, x), expected)
+    monkeypatch.setattr(base_study, "HELD_OUT_PROMPTS", PROMPTS)
+    monkeypatch.setattr(base_study, "TRAIN_PROMPTS", TRAIN_PROMPTS[:6])
+    model = little()
+    nn.init.normal_(model.head.weight, std=0.02)        # not so bright that decode clamps it
+    file = save_base(tmp_path / "base.safetensors", model)
+    assert base_study.main(["--base", file, *BLUE, "--out", tmp_path / "run"]) == 0
+    found = {(row["subject"], row["measure"]): float(row["value"])
+             for row in read(tmp_path / "run" / "base.csv")}
+    for name in base_study.SCORES[1:]:
+        assert found["sharp clips", name] > found["training clips", name]
+    for p in range(CHUNKS):
+        deviation, *related = [x for key, x in found.items() if key[0] == f"pivot {p + 1}"]
+        assert deviation > 0 and len(related) == 4 and all(abs(x) <= 1 for x in related)
+
+
+def test_the_cost_study_counts_every_part(tmp_path, base, quick, capsys, monkeypatch):
+    """What it counts is the number of rows that predict gets, three times with a gradient."""
+    monkeypatch.setattr(cost, "SCALES", [("width", 8)])
+    monkeypatch.setattr(cost, "ROUNDS", 1)
+    plain, parts = cost.counted_in, []          # slow: in earnest for the first three parts alone
+    found = lambda call: plain(call) if len(parts) <= 3 else {"operations": 1, "megabytes": 1}
+    monkeypatch.setattr(cost, "counted_in", lambda call: parts.append(call) or found(call))
+    assert cost.main(["--base", base, *TINY[:10], "--updates", 1, *BLUE, "--out", tmp_path]) == 0
+    assert "| share reached" in capsys.readouterr().out
+    rows = {row["part"]: row for row in read(tmp_path / "cost.csv")}
+    assert len(rows) == 3 * CHUNKS + 7 + 2 + 2
+    cuda = torch.cuda.is_available()
+    for part, row in rows.items():
+        assert row.pop("device") == (torch.cuda.get_device_name() if cuda else "CPU")
+        assert all(math.isfinite(float(x)) for name, x in row.items() if name != "part" and x)
+        assert float(row["operations"]) > 0 or part == "prefix 1"
+    model, predicted, plain = arcopo.load_generator(base), [], Generator.forward
+
+    def counting(x: Tensor, t, context) -> tuple[Tensor, Tensor]:
+        x0, kv = plain(model, x, t, context)
+        predicted.append(len(x))
+        if x0.requires_grad:                            # a backward pass counts twice
+            x0.register_hook(lambda gradient: predicted.append(2 * len(x)))
+        return x0, kv
+
+    model.forward = counting
+    it = cost.Iteration(model, tiny_settings(), anchors=2)
+    parts, counted = cost.measure(it, brightness), cost.counts(model, it.method)
+    for name, call in parts.items():
+        predicted.clear()
+        call()
+        assert sum(predicted) == counted.get(name, 0), name
+
+
+def test_the_durations_are_those_of_the_readmes_commands():
+    assert [" ".join(words) for words in durations.commands()] == [
+        "python arcopo.py --steps 100", "pytest",
+        "python arcopo.py --steps 2 --judge-samples 1 --buffer-groups 4"]
+
+
+def test_claims_resumes(tmp_path, base, quick, monkeypatch):
+    """What is in the CSVs is not run again; a run that was interrupted leaves nothing there."""
+    calls, out = [], tmp_path / "out"
+
+    def run(words: list, **kwargs) -> None:
+        calls.append(words)
+        if len(calls) == 2:
+            raise subprocess.CalledProcessError(1, words)
+        own = words[1] == "arcopo.py"
+        assert (arcopo.main([*words[2:], *TINY]) if own else entropy.main(words[3:])) == 0
+
+    fake = SimpleNamespace(run=run, CalledProcessError=subprocess.CalledProcessError)
+    monkeypatch.setattr(claims, "subprocess", fake)
+    monkeypatch.setattr(entropy, "HELD_OUT_PROMPTS", PROMPTS[:1])
+    monkeypatch.setattr(claims, "RUNS", [
+        ("C1 C2", "ta", "python arcopo.py --method on-policy --seed S --steps 1"),
+        ("C1", "entropy", "python -m studies.entropy --seed S", (3,)),
+        ("C9", "other", "python none.py")])
+    line = ["C1", "--seeds", 2, "--out", out, "--extra", f"--base {base} {' '.join(BLUE)}"]
+    assert claims.main(line) == 2 and claims.main(line) == 0
+    assert len(calls) == 4 and calls[1] == calls[2]
+    rows = read(out / "results.csv")
+    assert [(row["run"], row["seed"], row["model"]) for row in rows] == [
+        ("ta", seed, model) for seed in "01" for model in ("base", "on-policy")]
+    curves = read(out / "curves.csv")
+    assert [row["step"] for row in curves] == ["0", "1"] * 2
+    assert set(rows[0]) - {"model"} == set(curves[0]) - {"training", "step"}
+    assert [row["iterations"] for row in read(out / "training.csv")] == ["1"] * 2
+    assert {row["seed"] for row in read(out / "entropy.csv")} == {"3"}
+    before = content(out)
+    assert claims.main(line) == claims.main(["C2", *line[1:]]) == 0
+    assert len(calls) == 4 and content(out) == before and claims.main(["C3"]) == 2
+
+
+def test_the_tables_of_readme_and_evidence_are_those_of_the_csvs(tmp_path, monkeypatch, capsys):
+    assert tables.main(["--check"]) == 0, capsys.readouterr().err
+    text = "".join(file.read_text(encoding="utf-8") for file in tables.FILES)
+    names = re.findall(r"<!-- (\w+) -->.*?<!-- end -->", text, re.DOTALL)
+    assert set(names) == set(tables.TABLES) and len(names) == text.count("<!-- end -->")
+    page, empty = tmp_path / "page.md", "In\n<!-- cost -->\n<!-- end -->\n"
+    monkeypatch.setattr(tables, "FILES", [page])
+    page.write_text(empty)
+    assert tables.main(["--check"]) == 2 and page.read_text() == empty
+    assert tables.main([]) == tables.main(["--check"]) == 0
+    assert f"<!-- cost -->\n{tables.cost()}\n<!-- end -->" in page.read_text(encoding="utf-8")
+
+
+def test_figures_draws_every_plot_from_the_shipped_csvs(tmp_path):
+    pytest.importorskip("matplotlib")
+    from studies import figures
+    assert figures.main(["--out", tmp_path]) == 0
+    shown = {Path(link).name for file in tables.FILES
+             for link in re.findall(r"!\[[^]]*\]\(([^)]+)\)", file.read_text(encoding="utf-8"))}
+    drawn = {file.name for file in tmp_path.iterdir()}
+    assert shown == drawn | {"models.gif"}                              # which is arcopo.py's
+    assert {file.name for file in (HERE / "assets").glob("*.png")} == drawn
+
+
+# ------------------------------------------------------------------ studies: what made assets/
+
+def test_pretraining_killed_and_resumed_is_the_same_bit_for_bit(tmp_path, monkeypatch, capsys):
+    """In either stage; arcopo.py loads what it writes."""
+    few = ["--teacher-steps", 4, "--student-steps", 4, "--batch", 2, "--width", 16, "--layers", 1,
+           "--heads", 1, "--device", "cpu"]
+    run = lambda out, *more: pretrain.main(["--out", tmp_path / out, *few, *more])
+    monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
+    assert run("whole") == 0
+    for call in (4, 6):                         # step 4 of the teacher, then of the student
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+            dies(patch, pretrain, "draw_batch", call, False)
+            run("killed")
+    assert run("killed") == 0
+    whole, killed = (tmp_path / out for out in ("whole", "killed"))
+    assert ending(whole) == ending(killed) and len(read(whole / "student.csv")) == 4
+    for name, flow in (("teacher.safetensors", True), ("base.safetensors", False)):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes()
+        assert arcopo.load_generator(whole / name).flow == flow
+    assert run("killed", "--batch", 3) == 2 and "other settings" in told(capsys)
+
+
+def test_wrong_captions_show_another_colour_or_shape():
+    for share in (0, 1):
+        rng = seeded(0)
+        shown = pretrain.wrong_captions(TRAIN_PROMPTS, share, rng)
+        differ = reward.attributes(shown) != reward.attributes(TRAIN_PROMPTS)
+        assert set(shown) <= set(TRAIN_PROMPTS) and (differ.sum(1) == share).all()
+        colours, shapes, motions = differ.sum(0)
+        assert motions == 0 and min(colours, shapes) >= 20 * share
+        assert torch.equal(rng.get_state(), seeded(0).get_state()) == (share == 0)
+
+
+def test_retraining_the_clip_writes_what_open_clip_loads(tmp_path):
+    assert train_clip.main(["--steps", 2, "--out", tmp_path / "clip"]) == 0
+    found = ClipReward(str(tmp_path / "clip"))
+    assert found.text_alignment(make_clips(PROMPTS, seeded(0)), PROMPTS).isfinite().all()
+
+
+# ------------------------------------------------------------------ published rewards
+
+@pytest.fixture
+def tiny_clip(tmp_path, monkeypatch) -> nn.Module:
+    """An open_clip architecture, "tiny-h"; the rewards are of it and of weights in tmp_path."""
+    import open_clip
+    config = json.loads((reward.ASSETS / "clip" / "open_clip_config.json").read_text())
+    (tmp_path / "tiny-h.json").write_text(json.dumps(config["model_cfg"] | {"embed_dim": 768}))
+    open_clip.add_model_config(tmp_path / "tiny-h.json")
+    monkeypatch.setattr(rewards, "MODELS", tmp_path)
+    for name in ("hps_model", "aesthetic_model"):       # without their cache
+        plain = getattr(rewards, name).__wrapped__
+        monkeypatch.setattr(rewards, name, partial(plain, architecture="tiny-h"))
+    torch.manual_seed(0)
+    return open_clip.create_model("tiny-h").eval()
+
+
+def unit_features(model: nn.Module, clips: Tensor) -> Tensor:
+    mean, std = (torch.tensor(v)[:, None, None]
+                 for v in (model.visual.image_mean, model.visual.image_std))
+    return model.encode_image((clips.flatten(0, 1) - mean) / std, normalize=True)
+
+
+@torch.no_grad()
+def test_hps_is_the_cosine_of_its_checkpoint_on_whole_frames(tiny_clip, tmp_path):
+    """Of one with a "state_dict", as HPSv2's own; wide frames are padded with black."""
+    import open_clip
+    clips, file = make_clips(PROMPTS, seeded(0)), tmp_path / "HPS_v2.1_compressed.pt"
+    with pytest.raises(UserError, match="HPSv2"):
+        rewards.hps(clips, PROMPTS)
+    torch.save({"epoch": 3, "state_dict": tiny_clip.state_dict()}, file)
+    texts = tiny_clip.encode_text(open_clip.get_tokenizer("tiny-h")(PROMPTS), normalize=True)
+    wide = clips[..., 8:24, :]
+    for given, seen in ((clips, clips), (wide, F.pad(wide, (0, 0, 8, 8)))):
+        frames = unit_features(tiny_clip, seen).view(3, 12, -1)
+        expected = torch.einsum("nfd,nd->nf", frames, texts).mean(1)
+        assert torch.allclose(rewards.hps(given, PROMPTS), expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_aesthetic_is_laions_head_on_unit_features(tiny_clip, tmp_path):
+    save_file(tiny_clip.state_dict(), tmp_path / "vit_large_patch14_clip_224.openai.safetensors")
+    sizes = [768, 1024, 128, 64, 16, 1]
+    layers = [nn.Linear(*pair) for pair in zip(sizes, sizes[1:])]
+    for place in (1, 3, 5):         # the dropout of the original, for the numbers in its keys
+        layers.insert(place, nn.Dropout())
+    head, clips = nn.Sequential(*layers).eval(), make_clips(PROMPTS, seeded(0))
+    with pytest.raises(UserError, match="improved-aesthetic-predictor"):
+        rewards.aesthetic(clips, PROMPTS)
+    weights = {f"layers.{name}": x for name, x in head.state_dict().items()}
+    torch.save(weights, tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
+    expected = head(unit_features(tiny_clip, clips)).view(3, 12).mean(1)
+    assert torch.allclose(rewards.aesthetic(clips, PROMPTS), expected, atol=1e-5)

@@ -98,7 +98,8 @@ RUNS = [  # (claims, run in the CSVs, command; S is the seed, its seeds if they 
 
 
 def read(file: Path) -> list[dict]:
-    return list(csv.DictReader(open(file, newline=""))) if file.exists() else []
+    text = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return list(csv.DictReader(text))
 
 
 def append_row(file: Path, row: dict) -> None:
@@ -152,7 +153,8 @@ def execute(out: Path, run: str, line: str, seed: int, extra: list[str]) -> None
         for row in read(folder / f"{run}.csv"):
             append_row(out / f"{run}.csv", {"command": line, "seed": seed} | row)
         return
-    columns = list(read(folder / "judged.csv")[0])[1:]
+    judged = read(folder / "judged.csv")
+    columns = [name for name in judged[0] if name != "model" and name[0] not in "Δ±"]
     for file in sorted(folder.glob("*-curve.csv")):
         training = file.name.removesuffix("-curve.csv")
         rows = summary(read(folder / f"{training}.csv"))
@@ -161,8 +163,9 @@ def execute(out: Path, run: str, line: str, seed: int, extra: list[str]) -> None
             point = {name: row[name] for name in columns}
             append_row(out / "curves.csv",
                        about | {"training": training, "step": row["step"]} | point)
-    for row in read(folder / "judged.csv"):         # last: done() looks here
-        append_row(out / "results.csv", about | row)
+    for row in judged:                              # last: done() looks here
+        scores = {name: row[name] for name in columns}
+        append_row(out / "results.csv", about | {"model": row["model"]} | scores)
 
 
 def main(arguments: list | None = None) -> int:

@@ -159,13 +159,14 @@ def counts(model: Generator, m: Method) -> dict:
     chunks = lambda first, last: max(0, (last - first) * (T + 1) - (last == L))     # none after L
     row = {f"prefix {p + 1}": P * chunks(0, p) for p in range(L)}
     row |= {f"fork {p + 1}": P * chunks(0, p) + P * G * chunks(p, L) for p in range(L)}
-    row |= {f"update {p + 1}": 3 * m.updates * P * m.anchors * T for p in range(L)}
+    passes = 1 + 3 * m.updates                              # π_old first
+    row |= {f"update {p + 1}": passes * P * m.anchors * T for p in range(L)}
     return row | {"independent rollouts": P * G * chunks(0, L),
-                  "all branches, whole clip": 3 * m.updates * P * G * T * L,
+                  "all branches, whole clip": passes * P * G * T * L,
                   "uncached rollouts": P * G * T * L * (L + 1) / 2,
-                  "update, all anchors": 3 * m.updates * P * G * T,
+                  "update, all anchors": passes * P * G * T,
                   "SDE-GRPO, fork": row[f"fork {L // 2 + 1}"],
-                  "SDE-GRPO, update": 3 * m.updates * P * G * (T - 1)}
+                  "SDE-GRPO, update": passes * P * G * (T - 1)}
 
 
 def measure(it: Iteration, reward: Callable) -> dict[str, Callable]:

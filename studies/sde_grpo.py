@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from arcopo import (Adapter, Fork, Generator, Method, Noise, Settings, all_finite, average_,
                     clipped_objective, draw_noise, exit_code, fork, group_advantages, judge_all,
-                    judge_model, metrics, neighbor_noise, option, parse, replay, reward_metrics,
-                    rewarded, start, train, write_report)
+                    judge_model, load_generator, metrics, neighbor_noise, option, parse, replay,
+                    reward_metrics, rewarded, start, train, write_report)
 from reward import TRAIN_PROMPTS, UserError
 
 USED = set("""group updates prompts clip_range quasi_norm floor steps lr rank alpha out resume base
@@ -27,6 +27,7 @@ USED = set("""group updates prompts clip_range quasi_norm floor steps lr rank al
 
 @dataclass
 class SdeSettings(Settings):
+    anchors: int = option(1, "without effect: all branches are replayed")
     lr: float = option(5e-4, "learning rate of AdamW")
     clip_range: float = option(1.2e-5, "ε of the ratio clip; inf: none")
 
@@ -111,10 +112,11 @@ def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer
 def run(settings: SdeSettings) -> int:
     """As arcopo.run."""
     began = time.perf_counter()
-    folder, model, reward, _ = start(settings)
-    if model.flow or len(model.timesteps) < 2:
+    sampler = load_generator(settings.base, timesteps=settings.timesteps)
+    if sampler.flow or len(sampler.timesteps) < 2:
         raise UserError("--base, --timesteps: this sampler adds no noise that SDE-GRPO could "
                         "explore; choose a consistency model with two or more times")
+    folder, model, reward, _ = start(settings)
     iteration = lambda adapter, optimizer, rng: iterate(model, adapter, optimizer, settings,
                                                         TRAIN_PROMPTS, reward, rng)
     point = lambda: judge_model(model, reward, settings, min(2, settings.judge_samples), "curve")[1]

@@ -71,12 +71,17 @@ def bases() -> str:
 
 
 def durations() -> str:
-    """What the commands of the README take."""
-    table = [["what", "takes"]]
-    for row in rows_of("durations.csv"):
-        if row["unit"] != "seconds a step":
-            digits = 0 if row["unit"] == "MB" else 1
-            table.append([row["what"], f"{float(row['value']):,.{digits}f} {row['unit']}"])
+    """What the commands of the README take, on a CPU and on a GPU."""
+    rows = [row for row in rows_of("durations.csv") if row["unit"] != "seconds a step"]
+    devices = list(dict.fromkeys(row["device"] for row in rows))
+    table = [["what", *devices]]
+    for what in dict.fromkeys(row["what"] for row in rows):
+        cells = dict.fromkeys(devices, "")
+        for row in rows:
+            if row["what"] == what:
+                digits = 0 if row["unit"] == "MB" else 1
+                cells[row["device"]] = f"{float(row['value']):,.{digits}f} {row['unit']}"
+        table.append([what, *cells.values()])
     return markdown(table)
 
 
@@ -336,7 +341,8 @@ def main(arguments: list | None = None) -> int:
             if check and after != before:
                 raise UserError(f"{file}: its tables are not those of the CSVs; run python -m "
                                 "studies.tables")
-            file.write_text(after, encoding="utf-8")
+            if after != before:
+                file.write_text(after, encoding="utf-8")
         return 0
     except BaseException as error:
         return exit_code(error)
