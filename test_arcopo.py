@@ -34,8 +34,8 @@ from torch.utils.checkpoint import checkpoint
 
 import arcopo
 import reward
-from arcopo import (Adapter, Fork, Generator, Method, Noise, Settings, branch_noise, choose_strength,
-                    clipped_objective, collect_buffer, denoise, draw_from, draw_noise, draw_pairs,
+from arcopo import (Adapter, Fork, Generator, Method, Noise, Settings, branch_noise,
+                    choose_strength, clipped_objective, collect_buffer, denoise, draw_from, draw_noise, draw_pairs,
                     explore, fork, group_advantages, iterate, iterate_buffered, merge_adapters,
                     neighbor_noise, replay, rollout, sample, sample_batches, seeded,
                     surrogate_log_policy, update)
@@ -59,7 +59,7 @@ def tiny(seed: int = 0, flow: bool = False) -> Generator:
 
 
 def nonzero(adapter: Adapter, seed: int = 1) -> Adapter:
-    for A, B in adapter.weights.values():
+    for _, B in adapter.weights.values():
         B.data.copy_(0.1 * torch.randn(B.shape, generator=seeded(seed)))
     return adapter
 
