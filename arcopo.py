@@ -8,9 +8,10 @@
 
 He et al., AR-CoPO: Align Autoregressive Video Generation with Contrastive Policy Optimization,
 arXiv 2603.17461 ("the paper"), built on He et al., Neighbor GRPO, arXiv 2511.16955. The generator
-is a miniature of the one in Self-Forcing, arXiv 2506.08009. The word "Departure" marks each place
-where this file differs from the paper; --help shows the paper's value of a setting. The method
-comes first, in the paper's order, then the script that runs it, from "training loop" on.
+is a miniature of the one in Self-Forcing, arXiv 2506.08009; CLIP scores stand in for VideoAlign, a
+procedural judge for VBench (reward.py). The word "Departure" marks each place where this file
+differs from the paper; --help shows the paper's value of a setting. The method comes first, in the
+paper's order, then the script that runs it, from "training loop" on.
 
 Symbol          in the paper      here
 L, p            Sec. 3.2          model.chunks; pivot, counted from 0 (from 1 in all output)
@@ -80,7 +81,8 @@ def option(default, text: str, paper: str = "", choices: tuple = ()):
 
 @dataclass
 class Method:
-    """Settings of the method, which explore, update and iterate take. Raises ValueError."""
+    """Settings of the method, which explore, update, collect_buffer and the two functions iterate
+    and iterate_buffered take. Raises ValueError."""
     group: int = option(12, "branches G of a fork", "12")
     sigma: float = option(0.5, "radius σ of the neighbours in noise (Eq. 1)", "0.5")
     anchors: int = option(4, "anchors B of the G candidates (symmetric sampling)", "4")
@@ -92,13 +94,16 @@ class Method:
     quasi_norm: float = option(0.0, "p of the quasi-norm of the advantages; 0: standard deviation",
                                "0.8 in Neighbor GRPO")
     floor: float = option(0.02, "lower bound of σ_r (Eq. 3), in the reward's unit")
-    micro: int = option(0, "most rows in a batch of the generator; 0: all, but 48 in judging")
+    micro: int = option(0, "most rows in a batch of the generator, but at least one for each "
+                        "prompt; 0: no limit, or 48 in judging")
 
     def __post_init__(self):
         for f in fields(self):
-            value, largest = getattr(self, f.name), 1e300 if f.name != "clip_range" else math.inf
-            if f.type in (int, float) and not (0 < value <= largest or value == 0 == f.default):
-                raise ValueError(f"{f.name} {value}: must be above 0" + " or 0" * (f.default == 0))
+            value = getattr(self, f.name)
+            if f.type in (int, float):
+                allowed = value > 0 or value == f.default       # 0 is the default of some
+                if not allowed or (math.isinf(value) and f.name != "clip_range"):
+                    raise ValueError(f"{f.name} {value}: must be above 0")
         for name, largest in (("sigma", 1), ("quasi_norm", 2), ("anchors", self.group)):
             if getattr(self, name) > largest:
                 raise ValueError(f"{name} {getattr(self, name)}: must be at most {largest}")
@@ -331,7 +336,7 @@ def rollout(model: Generator, context: Context, noise: Noise, start: int,
 
 @torch.no_grad()
 def sample(model: Generator, prompts: list[str], noise: Noise) -> Tensor:
-    """Whole clips in [0, 1], [N, FRAMES, 3, SIZE, SIZE]."""
+    """Whole clips, N of them, as model.decode gives them."""
     return model.decode(rollout(model, model.begin(prompts), noise, 0, model.chunks)[0])
 
 
@@ -339,18 +344,18 @@ def sample(model: Generator, prompts: list[str], noise: Noise) -> Tensor:
 
 class Fork(NamedTuple):
     """P groups of G branches at the pivot chunk. replay reads context and states, update reads the
-    candidates; prompts and prefix are for the buffer, which recomputes the context from them."""
+    candidates; the buffer keeps prompts and prefix, and recomputes the context from them."""
     prompts: list[str]
     prefix: Tensor          # [P, pivot, *chunk_shape]    finished chunks before the pivot
     context: Context        # h_{p-1}, P rows
     states: Tensor          # [P, T, G, *chunk_shape]     x_t⁽ⁱ⁾, the network's input; first ε_p⁽ⁱ⁾
-    candidates: Tensor      # [P, T, G, *chunk_shape]     x̂₀⁽ⁱ⁾ of each step; the last is x_p⁽ⁱ⁾
+    candidates: Tensor      # [P, T, G, *chunk_shape]     of each step; the last is x_p⁽ⁱ⁾
 
 
 def branch_noise(noise: Noise, pivot: int, sigma: float, group: int,
                  rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Algorithm 1, line 4: the pivot's noise of each branch. Its initial noise [P, G, *chunk_shape]
-    is its own; the solver noise [P, G, T - 1, *chunk_shape] is shared."""
+    """Algorithm 1, line 4: the noise of the pivot chunk. Each branch has initial noise of its own
+    [P, G, *chunk_shape]; all share the solver noise [P, G, T - 1, *chunk_shape]."""
     initial = neighbor_noise(noise.initial[:, pivot], sigma, group, rng).transpose(0, 1)
     solver = noise.solver[:, pivot, None].expand(-1, group, *noise.solver.shape[2:])
     return initial, solver
@@ -359,11 +364,12 @@ def branch_noise(noise: Noise, pivot: int, sigma: float, group: int,
 @torch.no_grad()
 def fork(model: Generator, prompts: list[str], pivot: int, noise: Noise, initial: Tensor,
          solver: Tensor, micro: int = 0) -> tuple[Fork, Tensor]:
-    """Algorithm 1, lines 2, 3 and 5 -> the Fork, and the clips [P, G, ...] as model.decode's.
+    """Algorithm 1, lines 2, 3 and 5 -> the Fork, and the clips [P, G, ...] of model.decode.
 
     initial and solver are the branches' noise of the pivot chunk (branch_noise), the only place
     where branches can differ: the noise of all other chunks is shared (`noise`, P rows). This is
-    the paper's controlled noise sharing. micro: at most this many rows at a time; 0: all.
+    the paper's controlled noise sharing. micro: at most this many rows at a time, but at least one
+    branch of each prompt; 0: all branches.
     """
     P, G = initial.shape[:2]
     prefix, context = rollout(model, model.begin(prompts), noise, 0, pivot)         # line 2, P rows
@@ -441,11 +447,12 @@ def surrogate_log_policy(candidates: Tensor, anchor: Tensor, tau: float) -> Tens
 def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
     """J = 1/G Σ_i min(ρ⁽ⁱ⁾ A⁽ⁱ⁾, clip(ρ⁽ⁱ⁾, 1-ε, 1+ε) A⁽ⁱ⁾) (Eq. 3), a scalar to be MAXIMISED.
 
-    log_ratio [..., G] = log π_θ - log π_old; advantages broadcast to it; leading axes (prompts,
-    steps, anchors) are averaged. clip_range ε = inf: no clip (the paper's off-policy baseline).
-    For one anchor and θ = θ_old, ∂J/∂x^(θ) = 2/(GτD) Σ_i A⁽ⁱ⁾ x⁽ⁱ⁾, with or without the clip.
+    log_ratio [..., G] = log π_θ - log π_old; advantages broadcast to it. Departure: Eq. 3 is for
+    one state; leading axes (prompts, steps, anchors) are averaged. clip_range ε = inf: no clip (the
+    paper's off-policy baseline). For one anchor, θ = θ_old and Σ A = 0, ∂J/∂x^(θ) = 2/(GτD) Σ_i
+    A⁽ⁱ⁾ x⁽ⁱ⁾, with or without the clip.
     """
-    ratio = log_ratio.clamp_max(80).exp()       # finite, as inf · 0 is NaN
+    ratio = log_ratio.clamp_max(80).exp()       # stays finite, because inf · 0 would be NaN
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.minimum(ratio * advantages, clipped * advantages).mean()
 
@@ -521,7 +528,8 @@ class Adapter:
 
     @classmethod
     def load(cls, folder: str | Path, model: nn.Module) -> "Adapter":
-        """Trainable. Raises UserError: missing, broken, of another base or other sampler times."""
+        """The adapter in the folder, trainable. Raises UserError if there is none, if it is broken,
+        or if it was trained with another base or other sampler times."""
         file = Path(folder) / "adapter_model.safetensors"
         if not file.exists():
             others = [str(path.parent) for path in Path(folder).glob(f"*/{file.name}")]
@@ -530,27 +538,23 @@ class Adapter:
         try:
             with safe_open(str(file), "pt") as f:
                 record = json.loads(f.metadata()["arcopo"])
-            for name, value in trained_on(model).items():
-                if record[name] != value:
-                    raise UserError(f"--adapter {folder}: was trained with {name} {record[name]}, "
-                                    f"not {value}; see --{name}")
             config = json.loads(file.with_name("adapter_config.json").read_text())
             tensors, weights = load_file(file), {}
             for name in dict.fromkeys(key[len(PEFT) :].split(".lora_")[0] for key in tensors):
-                layer = model.get_submodule(name)
-                A, B = (tensors[f"{PEFT}{name}.lora_{letter}.weight"] for letter in "AB")
-                if (B @ A).shape != layer.weight.shape:
-                    raise ValueError(f"{name} has another size")
-                weights[name] = tuple(z.to(layer.weight.device).requires_grad_() for z in (A, B))
-            return cls(weights, config["lora_alpha"])
-        except UserError:
-            raise
-        except Exception as error:      # safetensors has its own kinds
+                device = model.get_submodule(name).weight.device
+                pair = (tensors[f"{PEFT}{name}.lora_{letter}.weight"] for letter in "AB")
+                weights[name] = tuple(z.to(device).requires_grad_() for z in pair)
+        except Exception as error:      # safetensors has exceptions of its own
             raise UserError(f"--adapter {folder}: not an adapter of this model ({error!r})"
                             ) from error
+        if record != trained_on(model):
+            raise UserError(f"--adapter {folder}: was trained with {record}, not "
+                            f"{trained_on(model)}; see --base and --timesteps")
+        return cls(weights, config["lora_alpha"])
 
 
 def trained_on(model: nn.Module) -> dict:
+    """What an adapter depends on."""
     return {"base": getattr(model, "fingerprint", ""), "timesteps": list(model.timesteps)}
 
 
@@ -594,7 +598,7 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
     are the reference policy's (Sec. 3.3), which is π_old: one step, and the clip is the trust
     region around the reference. rewards [P, G]; no adapter may be on. J is a mean over pairs, so
     its gradient is summed over slices of method.micro rows, and averaged over processes, which have
-    other groups. Returns scalars:
+    other groups. Returns scalars, on the device:
 
     replay_error     mean |log π_old - log π of the rollout|: rounding, if replay is the rollout
     ratio_first      mean ρ at the first step; on-policy exactly 1
@@ -606,23 +610,26 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
     size = max(1, method.micro // len(rewards)) if method.micro else len(pairs)
     slices = [(part[:, 0], part[:, 1]) for part in pairs.split(size)]
     advantages = group_advantages(rewards, method.quasi_norm, method.floor)[:, None]       # line 7
-    usable = rewards.isfinite()[:, :, None]         # [P, G, 1]: else it is no anchor
+    advantages = advantages * rewards.isfinite()[:, pairs[:, 1], None]      # [P, K, G]: zero where
+                                                        # the anchor is a branch without a reward
 
     def log_policy(step: Tensor, anchor: Tensor) -> Tensor:
         """Line 8: log π_θ(i | s_t) [P, k, G] for k of the pairs."""
         x = replay(model, branches, step, anchor).flatten(2)            # [P, k, D]
         return surrogate_log_policy(branches.candidates[:, step].flatten(3), x, method.tau)
 
-    with nullcontext() if buffered else adapter.on(model):      # Departure: π_old is of a replay,
-        old = [log_policy(*part).detach() for part in slices]   # as a rollout rounds differently
+    # Departure: π_old is of a replay, because a rollout may round differently. Not under no_grad,
+    # where the adapter would be merged into the weights, so that the first ratio is exactly 1.
+    with nullcontext() if buffered else adapter.on(model):
+        old = [log_policy(*part).detach() for part in slices]
     norms, ratios, skipped = [], [], 0
     for _ in range(1 if buffered else method.updates):
         optimizer.zero_grad()
         log_ratios = []
         with adapter.on(model):     # backward too: activation checkpointing runs the model again
-            for (step, anchor), log_old in zip(slices, old):
+            for (step, anchor), log_old, A in zip(slices, old, advantages.split(size, 1)):
                 log_ratio = log_policy(step, anchor) - log_old
-                J = clipped_objective(log_ratio, advantages * usable[:, anchor], method.clip_range)
+                J = clipped_objective(log_ratio, A, method.clip_range)
                 (-J * len(step) / len(pairs)).backward()                                   # line 9
                 log_ratios.append(log_ratio.detach())
         gradients = [average_(p.grad) for p in adapter.parameters() if p.grad is not None]
@@ -678,10 +685,10 @@ def rewarded(branches: Fork, clips: Tensor, reward: Callable) -> dict[str, Tenso
             for name, x in scores.items()}
 
 
+# The groups of semi-on-policy training (Sec. 3.3), made once by the reference policy and never
+# changed: {"prompt": str, "scores": {"reward", ...: [G]} and, in half precision, "prefix": [pivot,
+# *chunk_shape], "states", "candidates": [T, G, *chunk_shape]}. draw_from recomputes the context.
 Buffer = list[dict]
-"""Groups of semi-on-policy training (Sec. 3.3), made once by the reference policy and never
-changed: {"prompt": str, "scores": {"reward", ...: [G]} and, in half precision, "prefix": [pivot,
-*chunk_shape], "states", "candidates": [T, G, *chunk_shape]}. draw_from recomputes the context."""
 
 
 def collect_buffer(model: Generator, method: Method, prompts: list[str], reward: Callable,
@@ -742,8 +749,9 @@ def choose_strength(scores: dict[float, tuple[float, float]],
                     base: tuple[float, float]) -> float | None:
     """Sec. 4.4: the largest s that improves both (reward, independent judge) over the base.
 
-    None if none does. Departure: then the semi-on-policy adapter alone (s = 0) is used, which the
-    paper's rule does not cover. Equal or NaN is no improvement.
+    None if none does. Departures: then the script uses the semi-on-policy adapter alone (s = 0),
+    which the paper's rule does not cover; and it measures both scores on the same clips. Equal or
+    NaN is no improvement.
     """
     return max((s for s, (reward, score) in scores.items()
                 if reward > base[0] and score > base[1]), default=None)
@@ -757,8 +765,9 @@ progress = partial(tqdm, disable=RANK > 0)
 
 def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer, method: Method,
             prompts: list[str], reward: Callable, rng: torch.Generator) -> dict:
-    """One iteration of Algorithm 1: explore once, update method.updates times -> metrics, means
-    over processes: pivot (from 1), those of reward_metrics and update, seconds."""
+    """One iteration of Algorithm 1: explore once, update method.updates times -> metrics: those of
+    reward_metrics and update, means over processes, and this process's pivot (from 1) and seconds.
+    """
     began = time.perf_counter()
     with torch.no_grad(), adapter.on(model):
         branches, scores = explore(model, method, prompts, reward, rng)             # lines 1 to 5
@@ -770,8 +779,8 @@ def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer
 def iterate_buffered(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
                      method: Method, buffer: Buffer, rng: torch.Generator) -> dict:
     """One iteration of semi-on-policy training (Sec. 3.3): method.updates times, draw groups from
-    the buffer and update once -> metrics as iterate's, means over draws; skipped and not_finite are
-    sums. With clip_range = inf it is the paper's off-policy baseline."""
+    the buffer and update once -> metrics as those of iterate, means over draws, but sums of skipped
+    and not_finite. With clip_range = inf it is the paper's off-policy baseline."""
     began, rows, drawn = time.perf_counter(), [], []
     for _ in range(method.updates):
         branches, scores = draw_from(buffer, model, method.prompts, rng)
@@ -789,7 +798,7 @@ def reward_metrics(scores: dict[str, Tensor], floor: float) -> dict[str, Tensor]
     scores = {name: x.where(x.isfinite(), math.nan) for name, x in scores.items()}
     reward = scores["reward"]
     deviation = (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
-    flat = ~(deviation >= floor)                    # NaN, of a group without rewards, too
+    flat = ~(deviation >= floor)                    # also NaN, in a group without rewards
     return {name: x.nanmean() for name, x in scores.items()} | {
         "not_finite": reward.isnan().float().sum(), "deviation": deviation.nanmean(),
         "flat_groups": flat.float().mean()}
@@ -829,8 +838,9 @@ def write_csv(file: Path, rows: list[dict], mode: str = "w") -> None:
             writer = csv.DictWriter(f, rows[0] if rows else [], lineterminator="\n")
             if rows and f.tell() == 0:
                 writer.writeheader()
-            for row in rows:                            # NaN, of what is undefined: empty
-                writer.writerow({name: "" if x != x else x for name, x in row.items()})
+            for row in rows:                            # what is undefined (NaN) stays empty
+                undefined = [name for name, x in row.items() if str(x) == "nan"]
+                writer.writerow(row | dict.fromkeys(undefined, ""))
 
 
 def train(name: str, model: Generator, settings: "Settings", lr: float, iteration: Callable,
@@ -841,7 +851,7 @@ def train(name: str, model: Generator, settings: "Settings", lr: float, iteratio
     NAME-curve.csv. Every iteration ends with a checkpoint, from which the training continues if
     there is one, so a run that is killed at any time and resumed ends as one that was not.
     """
-    kind = "explored" if name in ("on-policy", "sde-grpo") else "buffered"  # of random numbers
+    kind = "buffered" if name in ("semi", "off-policy") else "explored"     # of random numbers
     seed, own = settings.seed, (RANK,) if RANK else ()      # each process draws its own groups
     adapter = Adapter.new(model, settings.rank, settings.alpha, seeded(seed, kind, "adapter"))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr, weight_decay=0)
@@ -855,7 +865,7 @@ def train(name: str, model: Generator, settings: "Settings", lr: float, iteratio
         rows, curve, first = saved["rows"], saved["curve"], len(saved["rows"]) + 1
         if first > settings.steps + 1:
             raise UserError(f"--steps {settings.steps}: {name} has done {first - 1} already")
-        curve = [row for row in curve if judged(row["step"])]       # without the end, if extended
+        curve = [row for row in curve if judged(row["step"])]       # not the end before --steps N
     write_csv(folder / f"{name}.csv", rows)
     write_csv(folder / f"{name}-curve.csv", curve)
     with progress(total=settings.steps, initial=len(rows), desc=name, unit="it") as bar:
@@ -1210,7 +1220,7 @@ def exit_code(error: BaseException, folder: str = "") -> int:
     if isinstance(error, KeyboardInterrupt):
         message, code = "interrupted", 130
     elif isinstance(error, MemoryError) or isinstance(error, RuntimeError) and no_memory:
-        message = f"out of memory ({message}); lower --micro, also when you resume"
+        message = f"out of memory ({message}); lower --micro, also when you resume, or --prompts"
     elif not isinstance(error, (UserError, OSError)):
         raise error
     if folder and "--resume" not in message and (Path(folder) / "settings.json").exists():
