@@ -1067,7 +1067,7 @@ def parse(arguments: list | None = None, cls: type = Settings, only: set | None 
         if Path(given[name]).exists():                          # for --resume from elsewhere
             given[name] = str(Path(given[name]).resolve())
     if "resume" in given:
-        saved = read_record(given["resume"])["settings"]
+        saved = read_record(given["resume"], cls)["settings"]
         for name in given.keys() - CHANGEABLE:
             if given[name] != saved[name]:
                 raise UserError(f"{flag(name)} {given[name]}: would make it another training; the "
@@ -1118,12 +1118,13 @@ def load(settings: Settings,
     return model, *rewards
 
 
-def read_record(folder: str | Path) -> dict:
-    """What settings.json of a run holds. Raises UserError."""
+def read_record(folder: str | Path, cls: type = Settings) -> dict:
+    """What settings.json of a run with settings of this class holds. Raises UserError."""
     try:
         record = json.loads((Path(folder) / "settings.json").read_text(encoding="utf-8"))
-        if record["settings"].keys() != {f.name for f in fields(Settings)}:
-            raise ValueError("its settings are of another version of this program")
+        names = {f.name for f in fields(cls)}
+        if record["program"] != cls.__name__ or record["settings"].keys() != names:
+            raise ValueError("it is of another program, or of another version of this one")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"--resume {folder}: not the folder of a run ({error})") from error
     for name, value in record["settings"].items():
@@ -1139,11 +1140,13 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
         dist.init_process_group("nccl" if settings.device.startswith("cuda") else "gloo")
     processes = dist.get_world_size() if dist.is_initialized() else 1
     folder, git = Path(settings.out), ["git", "-C", str(ASSETS.parent), "rev-parse", "HEAD"]
-    record = {"settings": asdict(settings), "processes": processes, "torch": torch.__version__,
+    record = {"program": type(settings).__name__, "settings": asdict(settings),
+              "processes": processes, "torch": torch.__version__,
               "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
               "command": sys.argv, "reward_scales": None}
     if settings.resume:
-        record = read_record(folder) | {"settings": asdict(settings) | {"resume": ""}}
+        record = read_record(folder, type(settings))
+        record["settings"] = asdict(settings) | {"resume": ""}
         if record["processes"] != processes:
             raise UserError(f"--resume {folder}: start as many processes as before, "
                             f"{record['processes']}")
