@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -34,11 +33,10 @@ from torch.utils.checkpoint import checkpoint
 
 import arcopo
 import reward
-from arcopo import (Adapter, Fork, Generator, Method, Noise, Settings, branch_noise,
-                    choose_strength, clipped_objective, collect_buffer, denoise, draw_from, draw_noise, draw_pairs,
+from arcopo import (Adapter, Fork, Generator, Method, Settings, branch_noise, choose_strength,
+                    clipped_objective, collect_buffer, denoise, draw_from, draw_noise, draw_pairs,
                     explore, fork, group_advantages, iterate, iterate_buffered, merge_adapters,
-                    neighbor_noise, replay, rollout, sample, sample_batches, seeded,
-                    surrogate_log_policy, update)
+                    neighbor_noise, replay, sample, seeded, surrogate_log_policy, update)
 from reward import (CHUNKS, HELD_OUT_PROMPTS, QUALITIES, TRAIN_PROMPTS, ClipReward, UserError,
                     WeightedReward, evaluate, judge, make_clips)
 from examples import rewards
@@ -46,6 +44,7 @@ from studies import base as base_study
 from studies import claims, cost, durations, entropy, pretrain, sde_grpo, tables, train_clip
 
 HERE = Path(arcopo.__file__).resolve().parent
+torch.set_num_threads(1)                # faster for models this small
 PROMPTS = TRAIN_PROMPTS[:3]
 SMALL = {"group": 4, "anchors": 2, "prompts": 2, "clip_range": 1e-2}
 
@@ -68,11 +67,10 @@ def new_adapter(model: nn.Module, seed: int = 0) -> Adapter:
     return Adapter.new(model, 4, 4.0, seeded(seed))
 
 
-def forked(model: Generator, pivot: int, sigma: float = 0.5, group: int = 4, seed: int = 0,
-           micro: int = 0) -> tuple[Fork, Tensor]:
-    """Neighbours of the pivot's initial noise, for PROMPTS; the solver noise is shared."""
-    noise = draw_noise(model, len(PROMPTS), seeded(seed))
-    own = branch_noise(noise, pivot, sigma, group, seeded(seed, 1))
+def forked(model: nn.Module, pivot: int, sigma: float = 0.5, micro: int = 0) -> tuple[Fork, Tensor]:
+    """4 neighbours of the pivot's initial noise, for PROMPTS; the solver noise is shared."""
+    noise = draw_noise(model, len(PROMPTS), seeded(0))
+    own = branch_noise(noise, pivot, sigma, 4, seeded(0, 1))
     return fork(model, PROMPTS, pivot, noise, *own, micro)
 
 
@@ -84,11 +82,6 @@ def tiny_settings(**changes) -> Settings:
     return Settings(**(SMALL | {"rank": 4, "alpha": 4.0} | changes))
 
 
-def encode(clips: Tensor) -> Tensor:
-    """[N, FRAMES, 3, SIZE, SIZE] in [0, 1] -> latents [N, L, *chunk_shape]; decode undoes it."""
-    return (clips * 2 - 1).unflatten(1, (CHUNKS, -1))
-
-
 def brightness(clips: Tensor, prompts: list[str]) -> dict[str, Tensor]:
     return {"reward": clips.flatten(1).mean(1)}
 
@@ -96,8 +89,6 @@ def brightness(clips: Tensor, prompts: list[str]) -> dict[str, Tensor]:
 def tiny_buffer(model: Generator, size: int = 6) -> arcopo.Buffer:
     return collect_buffer(model, tiny_method(), TRAIN_PROMPTS, brightness, size, 0)
 
-
-# ------------------------------------------------------------------ settings of the method
 
 @pytest.mark.parametrize("name, values", [
     ("tau", (-1.0, math.nan, math.inf)), ("anchors", (0, 5)), ("sigma", (0.0, 2.0)),
@@ -117,49 +108,31 @@ def test_settings_refuse_nonsense_by_name(name, values):
 def test_split_is_fixed_and_disjoint():
     assert len(TRAIN_PROMPTS) == 96 and len(HELD_OUT_PROMPTS) == 24
     assert not set(TRAIN_PROMPTS) & set(HELD_OUT_PROMPTS)
+    assert set(reward.JUDGE_PROMPTS["training"]) <= set(TRAIN_PROMPTS)
     for word in sum(map(list, reward.WORDS), []):
         assert any(word in p for p in TRAIN_PROMPTS) and any(word in p for p in HELD_OUT_PROMPTS)
-    validation = reward.JUDGE_PROMPTS["training"]           # as balanced as those held out
-    assert set(validation) <= set(TRAIN_PROMPTS)
-    for word in (*reward.COLOURS, *reward.SHAPES):
-        assert sum(word in p for p in validation) == sum(word in p for p in HELD_OUT_PROMPTS)
 
 
-def test_judge_is_near_perfect_on_the_sharp_world_and_low_on_the_wrong_prompt():
-    prompts = [reward.prompt_of(c, s, m) for c, s, m in reward.TRIPLES]
-    wrong = [reward.prompt_of((c + 1) % 6, (s + 1) % 4, (m + 1) % 5) for c, s, m in reward.TRIPLES]
-    clips = make_clips(prompts * 2, seeded(0), "sharp")
-    scores, low = judge(clips, prompts * 2), judge(clips, wrong * 2)
-    assert scores["all_right"].mean() > 0.99
-    assert scores["visual"].min() > 0.9 and scores["visual"].mean() > 0.97
-    assert scores["motion_quality"].min() > 0.85 and scores["motion_quality"].mean() > 0.95
+def test_judge_is_near_perfect_on_the_sharp_world_and_low_on_any_other():
+    """Blur, noise and dimming lower visual; noise and flicker lower motion; text stays right."""
+    triples = reward.attributes(TRAIN_PROMPTS).tolist()
+    wrong = [reward.prompt_of((c + 1) % 6, (s + 1) % 4, (m + 1) % 5) for c, s, m in triples]
+    clips = make_clips(TRAIN_PROMPTS, seeded(0), "sharp")
+    sharp, low = judge(clips, TRAIN_PROMPTS), judge(clips, wrong)
+    assert sharp["all_right"].mean() > 0.99
+    assert sharp["visual"].min() > 0.9 and sharp["motion_quality"].min() > 0.85
     for name in ("colour", "shape", "direction", "text", "all_right"):
         assert low[name].mean() < 0.02
-
-
-@pytest.mark.parametrize("quality, visual, motion", [
-    ("blurry", 0.8, 1), ("noisy", 0.3, 0.7), ("dim", 0.55, 1), ("flickering", 0.7, 0.55)])
-def test_judge_is_low_on_degraded_clips(quality, visual, motion):
-    """Blur, noise and dimming lower visual; noise and flicker lower motion; text stays right."""
-    scores = judge(make_clips(TRAIN_PROMPTS, seeded(0), quality), TRAIN_PROMPTS)
-    sharp = judge(make_clips(TRAIN_PROMPTS, seeded(0), "sharp"), TRAIN_PROMPTS)
-    assert scores["visual"].mean() < visual and scores["motion_quality"].mean() < motion
-    assert scores["text"].mean() > 0.95 and (scores["visual"] < sharp["visual"] - 0.1).all()
-
-
-def test_judge_gives_nothing_for_empty_and_frozen_clips():
+    for quality, visual, motion in (("blurry", 0.8, 1), ("noisy", 0.3, 0.7), ("dim", 0.55, 1),
+                                    ("flickering", 0.7, 0.55)):
+        scores = judge(make_clips(TRAIN_PROMPTS, seeded(0), quality), TRAIN_PROMPTS)
+        assert scores["visual"].mean() < visual and scores["motion_quality"].mean() < motion
+        assert scores["text"].mean() > 0.95 and (scores["visual"] < sharp["visual"] - 0.1).all()
     empty = judge(torch.full((2, 12, 3, 32, 32), 0.06), PROMPTS[:2])
     assert all(empty[name].max() == 0 for name in ("text", "all_right", "visual", "motion_quality"))
     moving = [p for p in TRAIN_PROMPTS if "moving" in p]
     frozen = judge(make_clips(moving, seeded(0), "sharp")[:, :1].expand(-1, 12, 3, 32, 32), moving)
     assert frozen["direction"].max() == 0 and frozen["displacement"].max() < 0.01
-
-
-def test_mixed_clips_are_mixed_chunk_by_chunk():
-    """The quality of one chunk tells nothing about the next."""
-    clips = make_clips(TRAIN_PROMPTS * 2, seeded(0))
-    light = clips.amax((2, 3, 4)).unflatten(1, (CHUNKS, -1)).mean(2)
-    assert torch.corrcoef(light.T)[0, 1:].abs().max() < 0.2 and light.std(1).mean() > 0.05
 
 
 def test_evaluate_gives_means_over_the_clips_of_each_prompt():
@@ -181,6 +154,12 @@ def clip():
     return ClipReward()
 
 
+def unit_features(model: nn.Module, clips: Tensor) -> Tensor:
+    mean, std = (torch.tensor(v)[:, None, None]
+                 for v in (model.visual.image_mean, model.visual.image_std))
+    return model.encode_image((clips.flatten(0, 1) - mean) / std, normalize=True)
+
+
 def test_clip_reward_prefers_the_right_prompt_the_sharp_and_the_steady(clip):
     prompts, ta, vq, mq = TRAIN_PROMPTS[::2], *(getattr(clip, n) for n in reward.OF_CLIP.values())
     triples, sharp = reward.attributes(prompts).tolist(), make_clips(prompts, seeded(0), "sharp")
@@ -197,14 +176,11 @@ def test_clip_scores_are_their_formulas_of_open_clips_own_features(clip):
     """And the features that are kept for the next reward are not those of other clips."""
     import open_clip
     model = open_clip.create_model(f"local-dir:{reward.ASSETS / 'clip'}").eval()
-    mean, std = (torch.tensor(v)[:, None, None]
-                 for v in (model.visual.image_mean, model.visual.image_std))
     for seed in (0, 1):
         clips, expected = make_clips(PROMPTS, seeded(seed)), []
-        for frames, prompt in zip(clips, PROMPTS):
+        for image, prompt in zip(unit_features(model, clips).unflatten(0, (3, 12)), PROMPTS):
             texts = [prompt] + [f"a {quality} {prompt.removeprefix('a ')}"
                                 for quality in ("sharp", "blurry", "noisy", "dim")]
-            image = model.encode_image((frames - mean) / std, normalize=True)
             cosine = image @ model.encode_text(clip.tokenizer(texts), normalize=True).T
             logits = model.logit_scale.exp() * cosine
             vq = torch.stack([logits[:, [1, k]].softmax(1)[:, 0] for k in (2, 3, 4)])
@@ -212,51 +188,6 @@ def test_clip_scores_are_their_formulas_of_open_clips_own_features(clip):
             expected.append(torch.stack([cosine[:, 0].mean(), vq.mean(), mq.mean()]))
         for name, value in zip(reward.OF_CLIP.values(), torch.stack(expected, 1)):
             assert torch.allclose(getattr(clip, name)(clips, PROMPTS), value, atol=1e-5)
-
-
-def test_clip_reward_loads_any_architecture_with_local_weights(tmp_path):
-    """ARCH:FILE, as for a downloaded ViT; the frames are resized to what the model wants."""
-    import open_clip
-    config = json.loads((reward.ASSETS / "clip" / "open_clip_config.json").read_text())["model_cfg"]
-    config["vision_cfg"] = {"image_size": 48, "layers": 1, "width": 64, "patch_size": 16}
-    (tmp_path / "tiny-vit.json").write_text(json.dumps(config))
-    open_clip.add_model_config(tmp_path / "tiny-vit.json")
-    model = open_clip.create_model("tiny-vit").eval()
-    save_file(model.state_dict(), tmp_path / "w.safetensors")
-    scorer = ClipReward(f"tiny-vit:{tmp_path / 'w.safetensors'}")
-    text = model.encode_text(scorer.tokenizer(PROMPTS), normalize=True)
-    assert torch.allclose(text, scorer.text_features(PROMPTS), atol=1e-6)
-    assert scorer.visual_quality(make_clips(PROMPTS, seeded(0)), PROMPTS).isfinite().all()
-    for name in (f"tiny-vit:{tmp_path / 'none'}", "tiny-vit", "no-such:tag", str(tmp_path)):
-        with pytest.raises(UserError, match=f"--clip {re.escape(name)}: open_clip cannot load it"):
-            ClipReward(name)
-
-
-def test_frames_are_resized_by_the_shorter_side_and_cropped(clip):
-    """As open_clip's own transform of the model does."""
-    from open_clip.transform import PreprocessCfg, image_transform_v2
-    from torchvision.transforms.functional import to_pil_image
-    transform = image_transform_v2(PreprocessCfg(**clip.model.visual.preprocess_cfg), False)
-    frames = F.avg_pool2d(torch.rand(4, 3, 70, 96, generator=seeded(0)), 5, 1, 2)
-    pixels = torch.stack([transform(to_pil_image(frame)) for frame in frames])
-    expected = clip.model.encode_image(pixels, normalize=True)
-    assert torch.cosine_similarity(clip.frame_features(frames), expected).min() > 0.999
-
-
-@pytest.mark.parametrize("height, width", [(70, 95), (95, 70), (64, 64)])
-def test_the_whole_frame_is_seen_if_asked_for(height, width):
-    """As in HPSv2's own code: the longer side is resized, what is left is black on both sides."""
-    frames, seen = torch.rand(2, 3, height, width, generator=seeded(0)), []
-    whole = ClipReward(whole=True)
-    whole.model.encode_image = lambda x, normalize: seen.append(x) or torch.zeros(len(x), 1)
-    whole.frame_features(frames)
-    mean, std = (torch.tensor(v)[:, None, None]
-                 for v in (whole.model.visual.image_mean, whole.model.visual.image_std))
-    size = [round(32 * n / max(height, width)) for n in (height, width)]
-    expected, (top, left) = torch.zeros(2, 3, 32, 32), ((32 - n) // 2 for n in size)
-    small = F.interpolate(frames, size, mode="bicubic", antialias=True).clamp(0, 1)
-    expected[:, :, top : top + size[0], left : left + size[1]] = small
-    assert torch.allclose(seen[0] * std + mean, expected, atol=1e-5)
 
 
 def test_weighted_reward_puts_the_components_on_one_scale():
@@ -272,35 +203,18 @@ def test_weighted_reward_puts_the_components_on_one_scale():
     assert list(found) == ["reward", *parts] and torch.equal(found["my:2"], 1e6 * clips[:, 2])
 
 
-def test_a_reward_that_writes_into_its_arguments_changes_nothing_for_the_others(clip):
-    spoil = lambda clips, prompts: prompts.sort(reverse=True) or clips.zero_().sum((1, 2, 3, 4))
-    parts = {"ta": clip.text_alignment, "mq": clip.motion_quality,
-             "my:light": lambda clips, prompts: clips.mean((1, 2, 3, 4)),
-             "my:words": lambda clips, prompts: torch.tensor([PROMPTS.index(p) for p in prompts])}
-    clips, prompts = make_clips(PROMPTS, seeded(0)), sorted(PROMPTS)
-    before, own = clips.clone(), ({"ta": 1.0}, {"ta": (0, 1)})
-    expected = WeightedReward(parts, *own)(clips.clone(), prompts)
-    found = WeightedReward({"my:spoil": spoil} | parts, *own)(clips, prompts)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert torch.equal(clips, before) and prompts == sorted(PROMPTS)
-
-
-@pytest.mark.parametrize("value, says", [
-    ([None] * 3, "list"), (None, "NoneType"), ({"reward": 1}, "dict"), ("high", "str"),
-    (torch.zeros(3, 1), "a tensor of shape (3, 1) for 3 clips"), (1.0, "a tensor of shape ()"),
-    ([0.1, 0.2], "a tensor of shape (2,)")])
-def test_a_reward_that_returns_something_else_is_named(value, says):
-    bad = WeightedReward({"my:f": lambda clips, prompts: value}, {"my:f": 1.0}, {"my:f": (0, 1)})
-    with pytest.raises(UserError, match=re.escape(f"--reward my:f: returned {says}")):
-        bad(torch.zeros(3, 1), PROMPTS)
-
-
-def test_a_reward_that_fails_or_is_constant_is_named(capsys):
-    fixed = [torch.full((3,), x) for x in (0.1, math.nan, math.inf)]
-    for function in (lambda *own: 1 / 0, *(lambda *own, value=value: value for value in fixed)):
-        bad = WeightedReward({"my:f": function}, {"my:f": 1.0})
-        with pytest.raises(UserError, match="--reward my:f: (failed|is the same number for all)"):
+def test_a_reward_that_fails_is_constant_or_returns_something_else_is_named(capsys):
+    for value, says in ((None, "returned NoneType"), ({"reward": 1}, "returned dict"),
+                        (torch.zeros(3, 1), "returned a tensor of shape (3, 1) for 3 clips"),
+                        (1.0, "returned a tensor of shape ()"),
+                        (torch.full((3,), 0.1), "is the same number for all"),
+                        (torch.full((3,), math.nan), "is the same number for all")):
+        bad = WeightedReward({"my:f": lambda clips, prompts: value}, {"my:f": 1.0})
+        with pytest.raises(UserError, match=re.escape(f"--reward my:f: {says}")):
             bad.measure_scales(torch.zeros(3, 1), PROMPTS)
+    bad = WeightedReward({"my:f": lambda clips, prompts: 1 / 0}, {"my:f": 1.0})
+    with pytest.raises(UserError, match="--reward my:f: failed"):
+        bad.measure_scales(torch.zeros(3, 1), PROMPTS)
     assert "1 / 0" in capsys.readouterr().err               # the traceback
 
 
@@ -340,7 +254,7 @@ def one_pass(model: Generator, x: Tensor, t: Tensor, prompts: list[str]) -> tupl
 def test_cached_prediction_equals_one_pass_with_the_block_causal_mask():
     """Of a clean past and a noisy chunk, each row at a time of its own. Other rows and later chunks
     have no effect."""
-    model, clean = tiny(), encode(make_clips(PROMPTS, seeded(0)))
+    model, clean = tiny(), 2 * make_clips(PROMPTS, seeded(0)).unflatten(1, (CHUNKS, -1)) - 1
     nn.init.normal_(model.smooth[2].weight, std=0.1)        # zero at first
     noisy, t = torch.randn(clean.shape, generator=seeded(2)), torch.rand(3, 4, generator=seeded(1))
 
@@ -365,24 +279,18 @@ def test_cached_prediction_equals_one_pass_with_the_block_causal_mask():
     assert not torch.allclose(found[:, 3], other[:, 3], atol=1e-3)
 
 
-def test_the_shipped_base_is_good_imperfect_and_every_pivot_matters():
+def test_the_shipped_base_is_good_and_imperfect():
     model = arcopo.load_generator()
     clips = sample(model, HELD_OUT_PROMPTS, draw_noise(model, 24, seeded(0)))
     scores = judge(clips, HELD_OUT_PROMPTS)
     assert scores["all_right"].mean() > 0.85 and scores["motion_quality"].mean() > 0.45
     assert 0.65 < scores["visual"].mean() < 0.8
-    (scorer,) = reward.load_rewards(["ta=1,vq=1,mq=1"], "cpu")
-    scorer.scales = scorer.measure_scales(clips, HELD_OUT_PROMPTS)
-    for pivot in range(CHUNKS):
-        forks = forked(model, pivot, group=6)[1].flatten(0, 1)
-        rewards = scorer(forks, [p for p in PROMPTS for _ in range(6)])["reward"].view(-1, 6)
-        assert rewards.std(1, correction=0).mean() > 0.03   # if the first chunk decides all: 0.02
 
 
 # ------------------------------------------------------------------ fork, sampler
 
 @pytest.mark.parametrize("flow", [False, True])
-@pytest.mark.parametrize("pivot", range(CHUNKS))
+@pytest.mark.parametrize("pivot", [0, 2])
 def test_fork(pivot, flow):
     """Its branches are equal before the pivot; at sigma -> 0 each is the clip of the base noise."""
     model = tiny(flow=flow)
@@ -392,12 +300,7 @@ def test_fork(pivot, flow):
     assert (chunks[:, 1:, pivot] != chunks[:, :1, pivot]).any()
     last = model.decode(branches.candidates[:, -1].flatten(0, 1)[:, None]).unflatten(0, (3, 4))
     assert torch.allclose(last, chunks[:, :, pivot])
-    again, same = forked(model, pivot)
-    assert torch.equal(same, clips) and torch.equal(again.states, branches.states)
-    assert not torch.equal(forked(model, pivot, seed=5)[1], clips)
-    sliced, parts = forked(model, pivot, micro=8)           # 2 branches of 3 prompts at a time
-    for x, y in zip((parts, *sliced[3:]), (clips, *branches[3:])):
-        assert torch.allclose(x, y, atol=1e-5)
+    assert torch.equal(forked(model, pivot)[1], clips)
     plain = sample(model, PROMPTS, draw_noise(model, 3, seeded(0)))[:, None]
     assert (forked(model, pivot, 0)[1] - plain).abs().max() < 1e-5
     assert (forked(model, pivot, 1e-7)[1] - plain).abs().max() < 1e-4
@@ -431,20 +334,6 @@ def test_explore_forks_random_prompts_and_pivots_by_neighbours_of_the_initial_no
         assert torch.equal(found["reward"].flatten(), brightness(*seen[-1])["reward"])
         places |= {(branches.prefix.shape[1], p) for p in branches.prompts}
     assert {pivot for pivot, p in places} == {0, 1, 2, 3} and {p for _, p in places} == set(PROMPTS)
-    explore(model, tiny_method(sigma=1e-7), PROMPTS, scores, seeded(0))
-    clips = seen[-1][0].unflatten(0, (2, 4))                # all noise but the initial is shared
-    assert (clips - clips[:, :1]).abs().max() < 1e-4
-
-
-def test_sampler_re_noises_as_self_forcing():
-    """With a model that predicts 3, every state but the first is (1 - t) 3 + t noise."""
-    predict = lambda x, t, context: torch.full_like(x, 3.0)
-    model = SimpleNamespace(timesteps=(1.0, 0.5, 0.25), flow=False, predict=predict)
-    initial, solver = torch.randn(2, 5), torch.randn(2, 2, 5)
-    states, candidates = denoise(model, None, initial, solver)
-    assert torch.equal(states[:, 0], initial) and (candidates == 3).all()
-    for i, t in enumerate((0.5, 0.25)):
-        assert torch.allclose(states[:, i + 1], (1 - t) * 3 + t * solver[:, i])
 
 
 def test_the_flow_sampler_solves_its_ode():
@@ -459,33 +348,31 @@ def test_the_flow_sampler_solves_its_ode():
     assert torch.equal(states[:, 1:], candidates[:, :-1])
 
 
+@pytest.mark.parametrize("flow", [False, True])
+def test_sampler_re_noises_as_self_forcing_or_takes_euler_steps(flow):
+    """With a model that predicts 3, every state but the first is (1 - t) 3 + t noise: new noise, or
+    for a flow model that of the state before."""
+    predict = lambda x, t, context: torch.full_like(x, 3.0)
+    model = SimpleNamespace(timesteps=(1.0, 0.5, 0.25), flow=flow, predict=predict)
+    initial, solver = torch.randn(2, 5), torch.randn(2, 0 if flow else 2, 5)
+    states, candidates = denoise(model, None, initial, solver)
+    assert torch.equal(states[:, 0], initial) and torch.allclose(candidates[:, -1], 3 + 0 * initial)
+    for i, t in enumerate((0.5, 0.25)):
+        noise = initial if flow else solver[:, i]
+        assert torch.allclose(states[:, i + 1], (1 - t) * 3 + t * noise, atol=1e-6)
+
+
 # ------------------------------------------------------------------ random streams
 
-def test_on_policy_and_buffered_training_start_from_different_adapters(tmp_path):
-    first, nothing = {}, {"reward": torch.zeros(1)}
-    for name in ("on-policy", "semi", "off-policy", "sde-grpo"):
-        adapter = arcopo.train(name, tiny(), tiny_settings(steps=1), 1e-3,
-                               lambda *own: {"reward": 0.0}, lambda: nothing, tmp_path)[0]
-        first[name] = adapter.parameters()[0]
-    assert not torch.equal(first["on-policy"], first["semi"])
-    assert torch.equal(first["on-policy"], first["sde-grpo"])
-    assert torch.equal(first["semi"], first["off-policy"])
-
-
 def test_no_two_random_streams_coincide():
-    """Those of 1,000 runs, of pre-training and of studies; seeds beyond 32 and 63 bits too."""
+    """Whatever the seed, beyond 32 and 63 bits too, and whatever the names after it."""
     streams = [(name,) for name in ("calibration", "judging", "curve", "sampling", "study")]
-    for kind in ("explored", "buffered"):
-        streams += [(kind, part) for part in ("adapter", *range(7))] + [(kind, 1, 1), (kind, 1, 2)]
-    streams += [("buffer", first) for first in range(0, 20, 4)] + [("teacher", 0), ("student", 0)]
-    powers = (*(2**k for k in (31, 32, 33, 62, 63)), -1, 2**32 + 1, 10**18, 11**18, 12**18)
+    streams += [("explored", part) for part in ("adapter", *range(5))] + [("explored", 1, 1)]
     drawn = [torch.randint(2**62, (2,), generator=seeded(seed, *stream)).tolist()
-             for seed in (*range(990), *powers) for stream in streams]
-    assert len({tuple(numbers) for numbers in drawn}) == len(drawn) == 1000 * 32
+             for seed in (*range(100), 2**31, 2**32, 2**63, -1, 10**18) for stream in streams]
+    assert len({tuple(numbers) for numbers in drawn}) == len(drawn)
     draw = lambda *key: torch.randn(100_000, generator=seeded(*key))
-    x, y = draw(1, 23), draw(12, 3)             # the generator's state is really filled
-    assert abs(x.mean()) < 0.02 and abs(x.std() - 1) < 0.02 and abs((x * y).mean()) < 0.02
-    assert torch.equal(draw(1, 23), x)
+    assert abs((draw(1, 23) * draw(12, 3)).mean()) < 0.02 and torch.equal(draw(5), draw(5))
 
 
 # ------------------------------------------------------------------ objective
@@ -499,9 +386,8 @@ def test_neighbor_noise():
         assert torch.allclose(share, torch.tensor((1 - sigma**2) ** 0.5), atol=0.03)
         assert torch.corrcoef(noise)[0, 1] == pytest.approx(1 - sigma**2, abs=0.03)
     assert torch.equal(neighbor_noise(base, 0.0, 2), base.expand(2, -1))
-    for sigma in (1.5, -0.1, math.nan):
-        with pytest.raises(ValueError, match="sigma"):
-            neighbor_noise(base, sigma, 2)
+    with pytest.raises(ValueError, match="sigma"):
+        neighbor_noise(base, 1.5, 2)
 
 
 def test_group_advantages():
@@ -512,14 +398,11 @@ def test_group_advantages():
     for p in (0.8, 2.0):
         norm = A.abs().pow(p).sum(1, keepdim=True).pow(1 / p)
         assert torch.allclose(group_advantages(rewards, p), A / norm, atol=1e-6)
-    assert torch.allclose(group_advantages(rewards, 2.0), A / 12**0.5, atol=1e-6)
-    for p in (0.0, 0.8):
         for value in (0.1, 1000.1):     # exactly zero, though the mean of 0.1 is not 0.1 in float32
             assert (group_advantages(torch.full((12,), value), p) == 0).all()
         nearly = group_advantages(0.001 * rewards, p, floor=0.1)
         assert nearly.abs().max() < 0.05 * group_advantages(rewards, p).abs().max()
     half = torch.tensor([0.0, 300, 600, 900]).half()        # the squares are beyond float16
-    assert group_advantages(half).isfinite().all() and (group_advantages(half) != 0).all()
     assert torch.equal(group_advantages(half), group_advantages(half.float()))
 
 
@@ -528,19 +411,19 @@ def objective(anchor: Tensor, candidates: Tensor, advantages: Tensor, tau: float
     return clipped_objective(surrogate_log_policy(candidates, anchor, tau) - old, advantages, clip)
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_gradient_at_theta_old_is_the_closed_form(own):
+def test_gradient_at_theta_old_is_the_closed_form():
     """∂J/∂x^(θ) = 2/(GτD) Σ A⁽ⁱ⁾ x⁽ⁱ⁾, for any anchor, with or without the clip."""
     G, tau, g = 12, 0.1, seeded(0)
     candidates = torch.randn(G, 60, generator=g, dtype=torch.double)
-    anchor = candidates[2].clone() if own else torch.randn(60, generator=g, dtype=torch.double)
-    anchor.requires_grad_()
     A = group_advantages(torch.randn(G, generator=g, dtype=torch.double))
-    old = surrogate_log_policy(candidates, anchor, tau).detach()
     expected = 2 / (G * tau * 60) * torch.einsum("g,gd->d", A, candidates)
-    for clip in (1e-4, math.inf):
-        (gradient,) = torch.autograd.grad(objective(anchor, candidates, A, tau, old, clip), anchor)
-        assert torch.allclose(gradient, expected, rtol=1e-10, atol=1e-12)
+    for anchor in (candidates[2].clone(), torch.randn(60, generator=g, dtype=torch.double)):
+        anchor.requires_grad_()
+        old = surrogate_log_policy(candidates, anchor, tau).detach()
+        for clip in (1e-4, math.inf):
+            J = objective(anchor, candidates, A, tau, old, clip)
+            (gradient,) = torch.autograd.grad(J, anchor)
+            assert torch.allclose(gradient, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("clip", [math.inf, 0.05, 10.0])
@@ -591,52 +474,6 @@ def test_pairs_are_all_steps_with_the_same_random_anchors():
         assert torch.equal(pairs[..., 1], pairs[:1, :, 1].expand(3, 2))
         counts[pairs[0, :, 1]] += 1     # counts once if the two anchors were one
     assert counts.sum() == 2000 and (counts - 400).abs().max() < 80         # five deviations
-    assert draw_pairs(3, 4, 4, seeded(0))[:, 1].unique().tolist() == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("flow", [False, True])
-@pytest.mark.parametrize("buffered", [False, True])
-def test_an_update_is_the_plain_loop_over_prompts_steps_and_anchors(buffered, flow):
-    """The step of ascent that update takes, against one π_θ(i | s_t) at a time. Buffered: π_old is
-    the base, so the ratio is not one, and the clip leaves terms out."""
-    model, method = tiny(flow=flow), tiny_method(updates=1, tau=0.02, quasi_norm=0.8, floor=0.5)
-    branches, rewards = forked(model, 1)[0], torch.randn(3, 4, generator=seeded(2))
-    adapter, times = nonzero(new_adapter(model)), (*model.timesteps, 0.0)
-
-    def log_policy(n: int, t: int, b: int) -> Tensor:
-        context, x_t = arcopo.Context(*(x[[n]] for x in branches.context)), branches.states[n, t, b]
-        x = model.predict(x_t[None], times[t], context)[0]
-        if flow:                                # Eq. 2: x_t - (t - s) v, v = (x_t - x̂₀) / t
-            x = x_t - (times[t] - times[t + 1]) * (x_t - x) / times[t]
-        return (-(branches.candidates[n, t] - x).flatten(1).square().mean(1) / 0.02).log_softmax(0)
-
-    places = [(n, *pair) for n in range(3) for pair in draw_pairs(4, 4, 2, seeded(1)).tolist()]
-    base = torch.stack([log_policy(*place) for place in places])
-    A = group_advantages(rewards, 0.8, 0.5).repeat_interleave(8, 0)
-    with adapter.on(model):
-        log_pi = torch.stack([log_policy(*place) for place in places])
-    ratio = (log_pi - (base if buffered else log_pi.detach())).exp()
-    J = torch.minimum(ratio * A, ratio.clamp(0.99, 1.01) * A).mean()
-    gradients = torch.autograd.grad(J, adapter.parameters())
-    before = [p.detach().clone() for p in adapter.parameters()]
-    row = update(model, adapter, torch.optim.SGD(adapter.parameters(), 1.0), branches, rewards,
-                 method, seeded(1), buffered)
-    for p, start, gradient in zip(adapter.parameters(), before, gradients):
-        assert torch.allclose(p - start, gradient, rtol=1e-2, atol=1e-3 * gradient.abs().max())
-    assert (row["ratio_first"] == 1) != buffered and (row["clip_fraction"] > 0.1) == buffered
-
-
-def test_the_flow_anchor_is_an_euler_step_of_the_current_policy():
-    """Eq. 2 for FM: x_s^(θ) = x_t - (t - s) v, v = (x_t - x̂₀) / t; the finished chunk at s = 0."""
-    model = tiny(flow=True)
-    branches = forked(model, 1)[0]
-    with nonzero(new_adapter(model)).on(model):
-        replayed = replay(model, branches, torch.arange(4), torch.full((4,), 2))
-        for i, (t, s) in enumerate(zip(model.timesteps, (*model.timesteps[1:], 0.0))):
-            x_t = branches.states[:, i, 2]
-            v = (x_t - model.predict(x_t, t, branches.context)) / t
-            assert torch.allclose(replayed[:, i], x_t - (t - s) * v, atol=1e-5)
-            assert not torch.allclose(replayed[:, i], branches.candidates[:, i, 2], atol=1e-3)
 
 
 # ------------------------------------------------------------------ replay and update
@@ -681,7 +518,7 @@ def test_cuda_computes_in_true_float32_and_deterministically():
 
 
 @pytest.mark.parametrize("flow", [False, True])
-@pytest.mark.parametrize("anchors", [1, 2, 3, 4])
+@pytest.mark.parametrize("anchors", [1, 4])
 def test_replay_is_the_rollout_and_the_first_ratio_is_exactly_one(flow, anchors):
     """Also where a low τ makes the rounding between replay and rollout large."""
     model, rewards = tiny(flow=flow), torch.randn(3, 4, generator=seeded(0))
@@ -731,10 +568,15 @@ def test_training_changes_only_the_adapter(buffered):
 # ------------------------------------------------------------------ buffer
 
 def test_the_buffer_comes_from_the_reference():
-    """An entry is the fork of the base itself, with the reward of its clips."""
-    model, rng, tensors = tiny(), seeded(0, "buffer", 0), ("prefix", "states", "candidates")
-    branches, scores = explore(model, tiny_method(), TRAIN_PROMPTS, brightness, rng)
-    for n, group in enumerate(tiny_buffer(model, size=2)):
+    """An entry is the fork of the base itself, with the reward of its clips, in memory of its own:
+    a reward may use one tensor again and again."""
+    model, own, tensors = tiny(), torch.zeros(8), ("prefix", "states", "candidates")
+    again = lambda clips, prompts: {"reward": own.copy_(clips.flatten(1).mean(1))}
+    buffer = collect_buffer(model, tiny_method(), TRAIN_PROMPTS, again, 4, 0)
+    branches, scores = explore(model, tiny_method(), TRAIN_PROMPTS, brightness,
+                               seeded(0, "buffer", 0))
+    assert len(buffer) == 4
+    for n, group in enumerate(buffer[:2]):
         assert set(group) == {"prompt", "scores", *tensors}
         assert torch.equal(group["scores"]["reward"], scores["reward"][n])
         assert group["prompt"] == branches.prompts[n]
@@ -759,37 +601,26 @@ def buffer_tensors(buffer: arcopo.Buffer) -> list[Tensor]:
 def test_the_buffer_never_changes_and_is_read_back(tmp_path):
     """Also rewards that are not finite: training leaves them out, so a file may have them."""
     model, file, settings = tiny(), tmp_path / "buffer.pt", tiny_settings(buffer_groups=6)
-    nan = lambda clips, prompts: {"reward": torch.full((len(clips),), math.nan),
-                                  "ta": clips.flatten(1).mean(1)}
-    for scores in (brightness, nan):
-        file.unlink(missing_ok=True)
-        buffer = arcopo.own_buffer(file, model, settings, scores)
-        before, versions = copy.deepcopy(buffer), [x._version for x in buffer_tensors(buffer)]
-        step = trainer(model, new_adapter(model), buffer=buffer, clip_range=math.inf)
-        for i in range(8):
-            step(i)
-        assert versions == [x._version for x in buffer_tensors(buffer)]     # counts writes in place
-        again = arcopo.own_buffer(file, model, settings, None)              # reads, not collects
-        for other in (buffer, again):
-            assert [group["prompt"] for group in other] == [group["prompt"] for group in before]
-            pairs = zip(buffer_tensors(other), buffer_tensors(before), strict=True)
-            assert all(x.dtype == y.dtype and x.allclose(y, 0, 0, equal_nan=True) for x, y in pairs)
-    assert len(again) == 6 and all(group["scores"]["reward"].isnan().all() for group in again)
-
-
-def test_the_buffer_does_not_share_memory_with_what_a_reward_returns():
-    own = torch.zeros(8)        # a reward may use one tensor again and again
-    again = lambda clips, prompts: {"reward": own.copy_(clips.flatten(1).mean(1))}
-    buffer, expected = (collect_buffer(Other(), tiny_method(), ["a", "b"], reward, 4, 0)
-                        for reward in (again, brightness))
-    for one, other in zip(buffer, expected, strict=True):
-        assert torch.equal(one["scores"]["reward"], other["scores"]["reward"])
+    some = lambda clips, prompts: {"reward": clips.flatten(1).mean(1).index_fill(
+        0, torch.tensor([1]), math.nan)}
+    buffer = arcopo.own_buffer(file, model, settings, some)
+    before, versions = copy.deepcopy(buffer), [x._version for x in buffer_tensors(buffer)]
+    step = trainer(model, new_adapter(model), buffer=buffer, clip_range=math.inf)
+    for i in range(4):
+        step(i)
+    assert versions == [x._version for x in buffer_tensors(buffer)]         # counts writes in place
+    again = arcopo.own_buffer(file, model, settings, None)                  # reads, not collects
+    assert len(again) == 6
+    for other in (buffer, again):
+        assert [group["prompt"] for group in other] == [group["prompt"] for group in before]
+        pairs = zip(buffer_tensors(other), buffer_tensors(before), strict=True)
+        assert all(x.dtype == y.dtype and x.allclose(y, 0, 0, equal_nan=True) for x, y in pairs)
 
 
 def test_draws_return_unchanged_entries_of_one_pivot():
     model, seen = tiny(), set()
-    buffer = tiny_buffer(model, 12)
-    for i in range(60):
+    buffer = tiny_buffer(model)
+    for i in range(30):
         branches, scores = draw_from(buffer, model, 3, seeded(i))
         context = model.begin(branches.prompts)
         for x0 in branches.prefix.unbind(1):
@@ -801,7 +632,7 @@ def test_draws_return_unchanged_entries_of_one_pivot():
             assert branches.prompts[n] == buffer[row]["prompt"]
             for name in ("prefix", "states", "candidates"):
                 assert torch.equal(getattr(branches, name)[n], buffer[row][name].float())
-    assert len(seen) == len(buffer) == 12       # every entry is drawn sooner or later
+    assert len(seen) == len(buffer)             # every entry is drawn sooner or later
 
 
 def test_with_the_adapter_at_zero_the_ratio_of_semi_is_one_and_then_moves_away():
@@ -809,16 +640,6 @@ def test_with_the_adapter_at_zero_the_ratio_of_semi_is_one_and_then_moves_away()
     step = trainer(model, new_adapter(model), buffer=tiny_buffer(model), updates=1)
     rows = [step(i) for i in range(3)]
     assert rows[0]["ratio_first"] == 1 != rows[2]["ratio_first"]    # against π_ref, not itself
-
-
-def test_the_clip_keeps_semi_near_the_reference():
-    """With the clip the ratio to the reference stays near 1; without it (off-policy) it does not.
-    """
-    model, ratios = tiny(), []
-    for clip_range in (1e-4, math.inf):
-        step = trainer(model, new_adapter(model), 3e-3, tiny_buffer(model), clip_range=clip_range)
-        ratios.append([abs(step(i)["ratio_first"] - 1) for i in range(15)][-5:])
-    assert sum(ratios[0]) < sum(ratios[1]) / 3
 
 
 # ------------------------------------------------------------------ merging and the choice of s
@@ -843,11 +664,6 @@ def test_merging_two_adapters_equals_applying_both(tmp_path):
     merge_adapters((a, 1.0), (b, 0.6)).save(tmp_path / "merged", model)
     with Adapter.load(tmp_path / "merged", model).on(model):
         assert torch.allclose(sample(model, PROMPTS, noise), both, atol=1e-5)
-    with a.on(model):
-        alone = sample(model, PROMPTS, noise)
-    with merge_adapters((a, 1.0), (b, 0.0)).on(model):
-        assert torch.allclose(sample(model, PROMPTS, noise), alone, atol=1e-5)
-    assert not torch.allclose(both, alone, atol=1e-2)
     with pytest.raises(ValueError, match="same layers"):
         merge_adapters((a, 1.0), (Adapter.new(model, 2, 1.0, targets="head"), 1.0))
 
@@ -855,48 +671,42 @@ def test_merging_two_adapters_equals_applying_both(tmp_path):
 def test_hooks_and_merged_weights_are_the_same_adapter_and_undone_exactly():
     """W + (α/r) B A by hand, to rounding. The base is bit-equal after, also nested and after an
     exception."""
-    model, changed, found = tiny(), tiny(), []
+    model, changed = tiny(), tiny()
     a, b = (nonzero(Adapter.new(model, 4, 8.0, seeded(i)), i) for i in (1, 2))
-    before = copy.deepcopy(model.state_dict())
     x, context = torch.randn(3, *model.chunk_shape, generator=seeded(0)), model.begin(PROMPTS)
     predict = lambda model=model: model.predict(x, 0.5, context).detach()
-    for mode in (torch.enable_grad, torch.no_grad):
-        with mode():
-            own = [predict()]
-            with a.on(model):
-                hooks = sum(len(m._forward_hooks) for m in model.modules())
-                assert hooks == (len(a.weights) if mode is torch.enable_grad else 0)
-                own.append(predict())
-                with b.on(model):
-                    own.append(predict())
-                assert torch.equal(predict(), own[1])
-            with pytest.raises(KeyError), a.on(model), b.on(model):
-                raise KeyError
-        assert not any(m._forward_hooks for m in model.modules()) and torch.equal(predict(), own[0])
-        assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
-        found.append(own)
     by_hand = [predict(changed)]
     for adapter in (a, b):
         for name, (A, B) in adapter.weights.items():
             changed.get_submodule(name).weight.data += (8.0 / 4) * (B @ A).detach()
         by_hand.append(predict(changed))
-    assert all(torch.allclose(x, y, atol=1e-5) for own in found for x, y in zip(own, by_hand))
     assert all((x - y).abs().max() > 0.01 for x, y in zip(by_hand, by_hand[1:]))
+    before = copy.deepcopy(model.state_dict())
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode(), pytest.raises(KeyError), a.on(model):
+            hooks = sum(len(m._forward_hooks) for m in model.modules())
+            assert hooks == (len(a.weights) if mode is torch.enable_grad else 0)
+            one = predict()
+            with b.on(model):
+                assert torch.allclose(predict(), by_hand[2], atol=1e-5)
+            assert torch.equal(predict(), one) and torch.allclose(one, by_hand[1], atol=1e-5)
+            raise KeyError
+        assert not any(m._forward_hooks for m in model.modules())
+        assert torch.equal(predict(), by_hand[0])
+        assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
 # ------------------------------------------------------------------ numbers that are not finite
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
 def test_rewards_that_are_not_finite_are_left_out(bad):
     """A branch without a finite reward has no advantage, and its group's others keep theirs."""
     rewards = torch.randn(3, 6, generator=seeded(0))
     expected, broken = group_advantages(rewards[:, 1:]), rewards.clone()
     broken[0, 0], broken[1] = bad, bad
-    given = broken.clone()
     found = group_advantages(broken)
     assert torch.allclose(found[0, 1:], expected[0], atol=1e-6) and found[0, 0] == 0
     assert (found[1] == 0).all() and torch.equal(found[2], group_advantages(rewards[2]))
-    assert torch.equal(broken.isfinite(), given.isfinite())     # nothing was written to
 
 
 def test_a_clip_that_is_not_finite_has_no_reward_whatever_the_reward_says():
@@ -960,34 +770,28 @@ def test_a_prompt_that_is_not_finite(where):
     assert near([3 * x for x in whole], [2 * x for x in alone])
 
 
-def test_rewards_that_are_not_finite_move_nothing():
+@pytest.mark.parametrize("buffered", [False, True])
+def test_a_non_finite_gradient_skips_the_update(buffered):
+    """Each of method.updates, which with a buffer are as many draws. Nothing moves, as where no
+    reward is finite."""
     model = tiny()
     adapter, before = nonzero(new_adapter(model)), nonzero(new_adapter(model))
     broken = lambda clips, prompts: {"reward": torch.full((len(clips),), math.nan)}
     row = trainer(model, adapter, reward=broken)(0)
     assert row["not_finite"] == 8 and row["flat_groups"] == 1 and row["skipped"] == 0
-    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), adapter.parameters()))
-
-
-@pytest.mark.parametrize("buffered", [False, True])
-def test_a_non_finite_gradient_skips_the_update(buffered):
-    """Each of method.updates, which with a buffer are as many draws."""
-    model = tiny()
-    adapter, before = nonzero(new_adapter(model)), nonzero(new_adapter(model))
     adapter.parameters()[0].register_hook(lambda grad: grad * math.inf)
     row = trainer(model, adapter, buffer=tiny_buffer(model) if buffered else None, updates=3)(0)
     assert row["skipped"] == 3 and len(row["pivot"].split()) == (3 if buffered else 1)
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), adapter.parameters()))
 
 
-@pytest.mark.parametrize("flow", [False, True])
-def test_a_few_iterations_raise_a_simple_reward(flow):
-    model = tiny(flow=flow)
+def test_a_few_iterations_raise_a_simple_reward():
+    model = tiny()
     adapter = Adapter.new(model, 4, 8.0, seeded(0))
     prompts, noise = TRAIN_PROMPTS[:12], draw_noise(model, 12, seeded(7))
     before = brightness(sample(model, prompts, noise), prompts)["reward"]
-    step = trainer(model, adapter, 3e-3, group=6, floor=1e-6)
-    for i in range(30):
+    step = trainer(model, adapter, 5e-3, floor=1e-6)
+    for i in range(20):
         step(i)
     with adapter.on(model):
         change = brightness(sample(model, prompts, noise), prompts)["reward"] - before
@@ -1127,11 +931,8 @@ class Other(nn.Module):
         return latents
 
 
-SHAPES_OF_LATENTS = [(6,), (2, 5), (3, 2, 4), (3, 16, 2, 2), (2, 3, 2, 2, 2)]
-
-
-@pytest.mark.parametrize("flow", [False, True])
-@pytest.mark.parametrize("shape", SHAPES_OF_LATENTS, ids=str)
+@pytest.mark.parametrize("shape, flow", [((6,), True), ((3, 16, 2, 2), False),
+                                         ((2, 3, 2, 2, 2), True)], ids=str)
 def test_the_core_runs_on_another_generator_of_any_latent_shape(shape, flow):
     model, texts = Other(shape, flow), ["one", "two", "three", "four"]
     before, noise = copy.deepcopy(model.state_dict()), draw_noise(model, 4, seeded(0))
@@ -1155,31 +956,60 @@ def test_predictions_of_another_dtype_are_cast_to_float32():
     assert row["ratio_first"] == 1 and row["skipped"] == 0 and row["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("flow", [False, True])
-@pytest.mark.parametrize("shape", SHAPES_OF_LATENTS, ids=str)
-def test_each_prompt_gets_its_own_times_whatever_the_shape(shape, flow):
-    """A replay of a batch of prompts is that of each prompt, step and anchor by itself."""
-    model = Other(shape, flow)
-    whole, pairs = forked(model, 1)[0], draw_pairs(3, 4, 2, seeded(2))
+@pytest.mark.parametrize("model, buffered", [
+    (tiny(), False), (tiny(flow=True), True), (tiny(), True), (Other((6,), True), False),
+    (Other((2, 3, 2, 2, 2)), False)], ids="few-step flow buffered vectors 5-axes".split())
+def test_an_update_is_the_plain_loop_over_prompts_steps_and_anchors(model, buffered):
+    """The step of ascent that update takes, against one π_θ(i | s_t) at a time. Buffered: π_old is
+    the base, so the ratio is not one, and the clip leaves terms out."""
+    method = tiny_method(updates=1, tau=0.02, quasi_norm=0.8, floor=0.5)
+    branches, rewards = forked(model, 1)[0], torch.randn(3, 4, generator=seeded(2))
+    adapter, times = nonzero(new_adapter(model)), (*model.timesteps, 0.0)
+
+    def log_policy(n: int, t: int, b: int) -> Tensor:
+        x_t, context = branches.states[n, t, b], of_prompts(branches, [n]).context
+        x = model.predict(x_t[None], times[t], context)[0]
+        if model.flow:                          # Eq. 2: x_t - (t - s) v, v = (x_t - x̂₀) / t
+            x = x_t - (times[t] - times[t + 1]) * (x_t - x) / times[t]
+        return (-(branches.candidates[n, t] - x).flatten(1).square().mean(1) / 0.02).log_softmax(0)
+
+    pairs = draw_pairs(len(model.timesteps), 4, 2, seeded(1)).tolist()
+    places = [(n, *pair) for n in range(3) for pair in pairs]
+    base = torch.stack([log_policy(*place) for place in places])
+    A = group_advantages(rewards, 0.8, 0.5).repeat_interleave(len(pairs), 0)
+    with adapter.on(model):
+        log_pi = torch.stack([log_policy(*place) for place in places])
+    ratio = (log_pi - (base if buffered else log_pi.detach())).exp()
+    J = torch.minimum(ratio * A, ratio.clamp(0.99, 1.01) * A).mean()
+    gradients = torch.autograd.grad(J, adapter.parameters())
+    before = [p.detach().clone() for p in adapter.parameters()]
+    row = update(model, adapter, torch.optim.SGD(adapter.parameters(), 1.0), branches, rewards,
+                 method, seeded(1), buffered)
+    for p, start, gradient in zip(adapter.parameters(), before, gradients):
+        assert torch.allclose(p - start, gradient, rtol=1e-2, atol=1e-3 * gradient.abs().max())
+    assert (row["ratio_first"] == 1) != buffered and (row["clip_fraction"] > 0.1) == buffered
+
+
+def test_the_flow_anchor_is_an_euler_step_of_the_current_policy():
+    """Eq. 2 for FM: x_s^(θ) = x_t - (t - s) v, v = (x_t - x̂₀) / t; the finished chunk at s = 0."""
+    model = tiny(flow=True)
+    branches = forked(model, 1)[0]
     with nonzero(new_adapter(model)).on(model):
-        together = replay(model, whole, *pairs.T)
-        for n in range(3):
-            one = of_prompts(whole, [n])
-            for k, (step, anchor) in enumerate(pairs.tolist()):
-                x_t, t = one.states[:, step, anchor], model.timesteps[step]
-                x0 = model.predict(x_t, t, one.context)
-                if flow:
-                    x0 = x0 + (*model.timesteps, 0.0)[step + 1] / t * (x_t - x0)
-                assert torch.allclose(together[n, k], x0[0], atol=1e-5)
+        replayed = replay(model, branches, torch.arange(4), torch.full((4,), 2))
+        for i, (t, s) in enumerate(zip(model.timesteps, (*model.timesteps[1:], 0.0))):
+            x_t = branches.states[:, i, 2]
+            v = (x_t - model.predict(x_t, t, branches.context)) / t
+            assert torch.allclose(replayed[:, i], x_t - (t - s) * v, atol=1e-5)
+            assert not torch.allclose(replayed[:, i], branches.candidates[:, i, 2], atol=1e-3)
 
 
-@pytest.mark.parametrize("buffered", [False, True])
-@pytest.mark.parametrize("model", [Other(), tiny()], ids=["other", "miniature"])
+@pytest.mark.parametrize("model, buffered", [(Other(), False), (tiny(), True)],
+                         ids=["other", "miniature"])
 def test_slices_change_nothing_but_the_memory(model, buffered):
     """micro rows at a time: the same branches, clips, ratios and gradient, to rounding."""
     found, largest = [], []
     model.register_forward_pre_hook(lambda module, inputs: largest.append(len(inputs[0])))
-    for micro in (0, 3, 7, 15):     # of 15, the slices are not equal
+    for micro in (0, 7, 15):        # of 15, the slices are not equal
         branches, clips = forked(model, 1, micro=micro)
         rewards = torch.randn(3, 4, generator=seeded(2))
         adapter = nonzero(new_adapter(model))
@@ -1203,14 +1033,6 @@ def test_gradient_checkpointing_gives_the_same_gradient():
     assert near(*found)
 
 
-def test_the_context_is_never_written_to():
-    model = Other()
-    context = model.extend(model.begin(["a", "b"]), torch.randn(2, *model.chunk_shape))
-    before = copy.deepcopy(context)
-    rollout(model, context, draw_noise(model, 2, seeded(0)), 1, 3)
-    assert all(torch.equal(x, y) for x, y in zip(context[:3], before[:3]))
-
-
 # ------------------------------------------------------------------ adapters and their files
 
 def test_lora_is_in_float32_beside_bfloat16_weights(tmp_path):
@@ -1229,42 +1051,20 @@ def test_lora_is_in_float32_beside_bfloat16_weights(tmp_path):
         assert all(torch.equal(x, y) for x, y in zip(pair, adapter.weights[name]))
 
 
-def test_adapters_of_ones_own_model_are_saved_and_loaded(tmp_path):
-    """Of any generator with linear layers: no fingerprint is needed. A loaded one trains on."""
-    model, noise = Other(), draw_noise(Other(), 3, seeded(0))
-    adapter = nonzero(Adapter.new(model, 2, 4.0, seeded(0)))
-    adapter.save(tmp_path, model)
-    loaded, clips = Adapter.load(tmp_path, model), [sample(model, PROMPTS, noise)]
-    for own in (adapter, loaded):
-        with own.on(model):
-            clips.append(sample(model, PROMPTS, noise))
-    assert torch.allclose(clips[1], clips[2], atol=1e-5)
-    assert not torch.allclose(clips[0], clips[2], atol=1e-2) and loaded.rank == 2
-    before = [p.detach().clone() for p in loaded.parameters()]
-    assert trainer(model, loaded)(0)["grad_norm"] > 0
-    assert not any(torch.equal(p, q) for p, q in zip(before, loaded.parameters()))
-
-
 def test_an_adapter_of_another_base_or_other_times_is_refused(tmp_path):
-    model, folder, load = tiny(), tmp_path / "run" / "semi", Adapter.load
+    model, folder = tiny(), tmp_path / "run" / "semi"
     model.fingerprint = "aaaa"
     Adapter.new(model, 2, 2.0).save(folder, model)
-    assert load(folder, model).alpha == 2
-    with pytest.raises(UserError, match="is no adapter; there are .*semi$"):
-        load(tmp_path / "run", model)
-    with pytest.raises(UserError, match="there is no adapter_model.safetensors"):
-        load(tmp_path, model)
-    model.fingerprint = "bbbb"
-    with pytest.raises(UserError, match="trained with base aaaa, not bbbb; see --base"):
-        load(folder, model)
-    model.fingerprint, model.timesteps = "aaaa", (1.0, 0.5)
-    with pytest.raises(UserError, match=r"timesteps \[1.0, 0.6.*, not \[1.0, 0.5\]; see"):
-        load(folder, model)
-    model.timesteps = tiny().timesteps
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (folder / name).write_bytes(b"cut")
-        with pytest.raises(UserError, match="not an adapter"):
-            load(folder, model)
+    assert Adapter.load(folder, model).alpha == 2
+    other, slower = (copy.deepcopy(model) for _ in range(2))
+    other.fingerprint, slower.timesteps = "bbbb", (1.0, 0.5)
+    for place, loading, says in (
+            (tmp_path / "run", model, "is no adapter; there are .*semi$"),
+            (tmp_path, model, "there is no adapter_model.safetensors"),
+            (folder, other, "trained with .*aaaa.* not .*bbbb.*; see --base"),
+            (folder, slower, r"trained with .*\[1.0, 0.6.* not .*\[1.0, 0.5\].*; see")):
+        with pytest.raises(UserError, match=says):
+            Adapter.load(place, loading)
 
 
 def test_lora_goes_on_the_layers_named_and_on_nothing_else():
@@ -1275,26 +1075,17 @@ def test_lora_goes_on_the_layers_named_and_on_nothing_else():
     assert set(some.weights) == {f"blocks.{i}.{n}" for i in (0, 1) for n in ("qkv", "out")}
     with pytest.raises(ValueError, match="no nn.Linear"):
         Adapter.new(model, 2, 2.0, targets="smooth.*")      # convolutions
-    model.add_module("unused", nn.Linear(2, 2))             # never called: no gradient
-    adapter = nonzero(new_adapter(model))
-    row = trainer(model, adapter)(0)
-    assert row["grad_norm"] > 0 == row["skipped"] and adapter.weights["unused"][0].grad is None
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_adapters_are_files_that_peft_loads(tmp_path, merged):
+def test_adapters_are_files_that_peft_loads(tmp_path):
     """With peft installed (pip install peft): PeftModel gives the output that `on` gives."""
-    model = tiny()
+    model, names = tiny(), ["adapter_config.json", "adapter_model.safetensors"]
     new = lambda rank, seed: nonzero(Adapter.new(model, rank, 6.0, seeded(seed), r"blocks.*|head"))
-    adapter = merge_adapters((new(4, 0), 0.7), (new(3, 1), 1.0)) if merged else new(4, 0)
-    for folder in ("adapter", "again"):
-        adapter.save(tmp_path / folder, model)
-    names = ["adapter_config.json", "adapter_model.safetensors"]
-    assert sorted(file.name for file in (tmp_path / "adapter").iterdir()) == names
-    assert all((tmp_path / "adapter" / name).read_bytes() == (tmp_path / "again" / name)
-               .read_bytes() for name in names)
-    config = json.loads((tmp_path / "adapter" / names[0]).read_text())
-    tensors = load_file(tmp_path / "adapter" / names[1])
+    adapter = merge_adapters((new(4, 0), 0.7), (new(3, 1), 1.0))
+    adapter.save(tmp_path, model)
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+    config = json.loads((tmp_path / names[0]).read_text())
+    tensors = load_file(tmp_path / names[1])
     for name, (A, B) in adapter.weights.items():
         a, b = (tensors.pop(f"base_model.model.{name}.lora_{x}.weight") for x in "AB")
         assert torch.equal(a, A) and torch.equal(b, B) and len(A) == config["r"]
@@ -1305,7 +1096,7 @@ def test_adapters_are_files_that_peft_loads(tmp_path, merged):
     with adapter.on(model):
         expected = model.predict(x, 0.5, context)
     assert not torch.allclose(model.predict(x, 0.5, context), expected, atol=1e-3)
-    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").base_model.model
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path).base_model.model
     assert torch.allclose(theirs.predict(x, 0.5, context), expected, atol=1e-5)
 
 
@@ -1361,23 +1152,20 @@ def test_the_self_forcing_example_on_its_own_code():
     assert done.returncode == 0 and "replay error" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_self_forcing_example_on_a_stand_in(dtype):
+def test_the_self_forcing_example_on_a_stand_in():
     """Where there is no copy of the real code."""
     from examples.check_self_forcing import Text, Vae, check
     from examples.self_forcing import SelfForcing, memory
 
-    model = SelfForcing(StandIn().to(dtype), Text(), Vae(), (3, 4, 4, 4), 3)
+    model = SelfForcing(StandIn(), Text(), Vae(), (3, 4, 4, 4), 3)
     assert model.timesteps == pytest.approx((1, 0.9375, 0.8333, 0.625), abs=1e-4)
-    assert model.begin(["a"]).texts[0].dtype == dtype           # Text gives float32
     context = model.extend(model.begin(["a", "b"]), torch.randn(2, 3, 4, 4, 4)).repeat(3)
     shared = [past[0][0][0].data_ptr() for past in context.pasts]
     assert len(set(shared)) == 2 and shared[0] == shared[2]     # nothing was copied
     row = trainer(model, nonzero(new_adapter(model)), prompts=["a", "b"])(0)
     assert row["ratio_first"] == 1 and row["grad_norm"] > 0 and row["skipped"] == 0
     assert sum(size for name, size in memory().items() if "CPU" not in name) < 80
-    if dtype == torch.float32:
-        check(model, ["a cat", "a dog", "a boat"])
+    check(model, ["a cat", "a dog", "a boat"])
 
 
 def test_own_model_learns():
@@ -1396,6 +1184,7 @@ RECIPE = [*TINY, *BLUE, "--buffer-reward", f"{__name__}:blue=1", "--buffer-group
           "0.5"]
 ON = ["--method", "on-policy", *TINY, *BLUE]
 LEFT = {"settings.json", "judged.csv", "models.gif", "report.md"}       # by each run
+IMPORTING = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}    # this file, by name
 
 
 class Crash(BaseException):
@@ -1451,11 +1240,6 @@ def quick(monkeypatch) -> None:
     monkeypatch.setattr(arcopo, "progress", partial(arcopo.tqdm, disable=True))
 
 
-def script(*arguments, **kwargs) -> subprocess.CompletedProcess:
-    command = [sys.executable, HERE / "arcopo.py", *arguments]
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, **kwargs)
-
-
 def read(file: Path) -> list[dict]:
     with open(file, newline="", encoding="utf-8") as f:
         return list(csv.DictReader(f))
@@ -1483,7 +1267,8 @@ def recipe(tmp_path_factory, base) -> tuple[Path, str]:
     """A run with the shipped CLIP, and its stdout."""
     folder = tmp_path_factory.mktemp("recipe") / "run"
     more = ["--steps", 2, "--buffer-groups", 3, "--sweep", "0.5", "--base", base, "--out", folder]
-    done = script(*TINY, *more, cwd=folder.parent)
+    command = [*map(str, [sys.executable, HERE / "arcopo.py", *TINY, *more])]
+    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -1504,14 +1289,6 @@ def test_the_recipe_writes_what_the_readme_says(recipe, base):
     both = [(float(row["reward"]), float(row["judge"])) for row in judged]
     s = choose_strength({0.5: both[2]}, both[0])
     assert f"| {'semi' if s is None else 's = 0.5'} * " in out and out.count(" * ") == 1
-    model = arcopo.load_generator(base)
-    on, semi, merged = (Adapter.load(folder / name, model) for name in
-                        ("on-policy", "semi", "merged"))
-    product = lambda adapter, name: (
-        adapter.alpha / adapter.rank * adapter.weights[name][1] @ adapter.weights[name][0])
-    for name in merged.weights:
-        expected = product(semi, name) + (s or 0) * product(on, name)
-        assert torch.allclose(product(merged, name), expected, atol=1e-7)
     saved = json.loads((folder / "settings.json").read_text())
     assert saved["settings"]["group"] == 3 and saved["settings"]["base"] == str(base)
     assert set(saved["reward_scales"]) == {"ta", "vq", "mq"} and saved["processes"] == 1
@@ -1523,134 +1300,57 @@ def test_the_recipe_writes_what_the_readme_says(recipe, base):
         assert torch.allclose(scores["reward"], (scores["ta"] - mean) / std)
 
 
-def test_the_report_is_a_table_within_100_columns(recipe):
-    folder, out = recipe
-    report = (folder / "report.md").read_text(encoding="utf-8")
-    assert report in out and out.endswith(f"Run folder: {folder}\n")
-    assert max(map(len, report.splitlines())) <= 100
-    table = [[cell.strip() for cell in line.strip("|").split("|")]
-             for line in report.splitlines() if line.startswith("|")]
-    assert table[0] == ["model", "Δ reward", "Δ judge", "all right", "area"]
-    judged = read(folder / "judged.csv")
-    assert [row[0].removesuffix(" *") for row in table[2:]] == [row["model"] for row in judged]
-    for (_, *cells), row in zip(table[2:], judged):
-        for cell, column in zip(cells, ("reward", "judge")):
-            change, error = map(float, cell.split("±"))
-            assert abs(change - float(row[f"Δ {column}"])) < 6e-4
-            assert abs(error - float(row[f"± {column}"])) < 6e-4
-            difference = float(row[column]) - float(judged[0][column])
-            assert math.isclose(difference, float(row[f"Δ {column}"]), abs_tol=1e-5)
-        assert abs(float(cells[2]) - float(row["all_right"])) < 6e-3 and row["spread"] == ""
-        assert abs(float(cells[3]) - float(row["area"])) <= 0.5
-
-
-@pytest.mark.parametrize("chosen, change", [("s = 1", 2), ("semi", 2), ("semi", -2)])
-def test_the_report_says_if_the_choice_is_worse_than_the_base(chosen, change, tmp_path, quick,
-                                                              capsys):
+@pytest.mark.parametrize("change", [2, -2])
+def test_the_report_says_if_the_choice_is_worse_than_the_base(change, tmp_path, quick, capsys):
     zeros = {name: torch.zeros(24) for name in ("reward", "judge", "all_right", "area")}
     moved = change + torch.randn(24, generator=seeded(0))
-    scores = {"base": zeros, chosen: zeros | {"reward": moved, "judge": moved}}
+    scores = {"base": zeros, "semi": zeros | {"reward": moved, "judge": moved}}
     clips = {name: torch.zeros(24, 12, 3, 32, 32) for name in scores}
-    arcopo.write_report(tmp_path, tiny_settings(judge_samples=1), clips, scores, 1.0, chosen)
+    arcopo.write_report(tmp_path, tiny_settings(judge_samples=1), clips, scores, 1.0, "semi")
     report, row = capsys.readouterr().out, read(tmp_path / "judged.csv")[1]
-    assert ("does not improve both" in report) == (change < 0)
-    assert ("as no s improves" in report) == (chosen == "semi")
+    assert ("does not improve both" in report) == (change < 0) and "as no s improves" in report
+    assert max(map(len, report.splitlines())) <= 100 and "Δ judge" in report
+    assert math.isclose(float(row["Δ reward"]), moved.mean(), abs_tol=1e-4)
     assert math.isclose(float(row["± reward"]), moved.std() / 24**0.5, rel_tol=1e-5)
 
 
-def test_clips_are_streamed_with_an_adapter(recipe, base, tmp_path, monkeypatch, capsys):
-    """They are those of sample with the adapter on; a run folder names its adapters."""
-    folder, _ = recipe
-    line = ["--sample", PROMPTS[0], "--base", base, "--samples", 2]
-    line += ["--device", "cpu", "--adapter", folder / "on-policy"]
-    assert script(*line, "--out", "c.gif", cwd=tmp_path).returncode == 0
+def test_clips_are_streamed_with_an_adapter(recipe, base, tmp_path, monkeypatch):
+    """They are those of sample with the adapter on."""
+    adapter, drawn, plain = recipe[0] / "on-policy", [], arcopo.save_gif
+    monkeypatch.setattr(arcopo, "save_gif",
+                        lambda blocks, *a, **k: drawn.append(blocks) or plain(blocks, *a, **k))
+    line = ["--sample", PROMPTS[0], "--base", base, "--samples", 2, "--adapter", adapter]
+    assert arcopo.main([*line, "--device", "cpu", "--out", tmp_path / "c.gif"]) == 0
     assert iio.imread(tmp_path / "c.gif").shape == (12, 8 * 34, 2 * 8 * 34, 3)
-    drawn = []
-    monkeypatch.setattr(arcopo, "save_gif", lambda blocks, *a, **k: drawn.append(blocks))
-    assert arcopo.main(line) == 0
     model = arcopo.load_generator(base)
     noise = draw_noise(model, 2, seeded(0, "sampling"))
-    with torch.no_grad(), Adapter.load(folder / "on-policy", model).on(model):
+    with torch.no_grad(), Adapter.load(adapter, model).on(model):
         clips = sample(model, [PROMPTS[0]] * 2, noise)
     assert torch.equal(drawn[0][0][0], clips)
     assert not torch.equal(clips, sample(model, [PROMPTS[0]] * 2, noise))
-    assert arcopo.main([*line[:-1], folder]) == 2
-    names = told(capsys)
-    assert all(str(folder / name) in names for name in ("on-policy", "semi", "merged"))
-
-
-def test_settings_can_be_chosen_on_training_prompts(tmp_path, base, quick, capsys):
-    """--judge-prompts changes what is judged, not what is trained."""
-    for name in reward.JUDGE_PROMPTS:
-        assert arcopo.main([*ON, "--steps", 1, "--judge-prompts", name, "--base", base, "--out",
-                            tmp_path / name, "--judge-samples", 2]) == 0
-        assert f"2 clips of each {name} prompt" in capsys.readouterr().out
-    held_out, training = (ending(tmp_path / name) for name in ("held-out", "training"))
-    adapter = "on-policy/adapter_model.safetensors"
-    assert held_out[adapter] == training[adapter]
-    model = arcopo.load_generator(base)
-    prompts = [prompt for prompt in reward.JUDGE_PROMPTS["training"][:2] for _ in range(2)]
-    with torch.no_grad():
-        clips = sample_batches(model, prompts, seeded(0, "judging"), 0)
-    scores = evaluate(clips, prompts, lambda *a: {"reward": blue(*a)})
-    found, other = (run["judged.csv"][0] for run in (training, held_out))
-    for name in ("area", "judge", "spread"):
-        assert math.isclose(float(found[name]), scores[name].mean().item(), rel_tol=1e-4)
-        assert float(found[name]) != float(other[name])
 
 
 # ------------------------------------------------------------------ reward of one's own
 
 def test_a_reward_of_ones_own_is_in_every_table(tmp_path, base, quick, monkeypatch):
     """Of a module in the current folder, which imports its neighbour at the first call. One that
-    writes into its clips and prompts changes nothing else."""
+    writes into its clips and prompts changes nothing for the next."""
     (tmp_path / "neighbour.py").write_text("def mean(clips): return clips[:, :, 2].mean((1, 2, 3))")
     (tmp_path / "my_rewards.py").write_text(
-        "def blue(clips, prompts):\n    from neighbour import mean\n    return mean(clips)\n"
-        "def spoils(clips, prompts):\n    value = blue(clips, prompts)\n    clips.zero_()\n"
-        "    prompts.clear()\n    return value\n")
+        "def spoils(clips, prompts):\n    from neighbour import mean\n    value = mean(clips)\n"
+        "    clips.zero_()\n    prompts.clear()\n    return value\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])
-    ends = []
-    for name in ("blue", "spoils"):
-        mine = ["--reward", f"my_rewards:{name}=0.5,{__name__}:blue=1"]
-        mine += ["--buffer-reward", f"my_rewards:{name}=1"]
-        assert arcopo.main([*RECIPE, *mine, "--steps", 1, "--base", base, "--out", name]) == 0
-        ends.append(ending(tmp_path / name))
-        for file in ("on-policy", "semi", "on-policy-curve", "semi-curve", "judged"):
-            row = ends[-1][f"{file}.csv"][0]
-            assert {"reward", f"my_rewards:{name}", f"{__name__}:blue"} <= set(row)
-            assert "vq" not in row and row[f"my_rewards:{name}"] == row[f"{__name__}:blue"]
-    for file, expected in ends[0].items():
-        renamed = lambda rows: [[*row.values()] for row in rows] if "csv" in file else rows
-        assert renamed(ends[1][file]) == renamed(expected)
-
-
-def test_a_reward_that_fails_is_told_below_its_traceback(tmp_path, base, quick, capsys):
-    line = [*ON, "--reward", "math:sqrt=1", "--base", base, "--out", tmp_path / "run"]
-    assert arcopo.main(line) == 2 and not (tmp_path / "run").exists()
-    *above, last = capsys.readouterr().err.splitlines()
-    assert last.startswith("arcopo: --reward math:sqrt: failed (TypeError")
-    assert above[0].startswith("Traceback")
+    names = ["my_rewards:spoils", f"{__name__}:blue"]
+    mine = ["--reward", f"{names[0]}=0.5,{names[1]}=1", "--buffer-reward", f"{names[0]}=1"]
+    assert arcopo.main([*RECIPE, *mine, "--steps", 1, "--base", base, "--out", "run"]) == 0
+    for file in ("on-policy", "semi", "on-policy-curve", "semi-curve", "judged"):
+        row = read(tmp_path / "run" / f"{file}.csv")[0]
+        assert {"reward", *names} <= set(row) and "vq" not in row
+        assert row[names[0]] == row[names[1]] != "0.0"
 
 
 # ------------------------------------------------------------------ resume
-
-def test_a_reward_that_varies_can_be_resumed(tmp_path, base, quick, monkeypatch):
-    """Its scales are those of the run, not measured again."""
-    calls = []
-    plain = blue
-    monkeypatch.setattr(sys.modules[__name__], "blue",
-                        lambda *a: calls.append(1) or plain(*a) * (1 + len(calls)))
-    line = [*ON, "--base", base, "--out", tmp_path / "run"]
-    assert arcopo.main([*line, "--steps", 1]) == 0
-    scales = arcopo.read_record(tmp_path / "run")["reward_scales"]
-    monkeypatch.setattr(WeightedReward, "measure_scales", None)         # fails if it is called
-    assert arcopo.main(["--resume", tmp_path / "run", "--steps", 2]) == 0
-    record = arcopo.read_record(tmp_path / "run")
-    assert record["reward_scales"] == scales and record["settings"]["steps"] == 2
-    assert len(read(tmp_path / "run" / "on-policy.csv")) == 2
-
 
 LINES = {"recipe": RECIPE, "on-policy": ON}
 
@@ -1685,10 +1385,8 @@ def dies(patch: pytest.MonkeyPatch, place, name: str, call: int, after: bool) ->
 # A training calls write_csv twice at its start, then once at step 0 and in each iteration, twice in
 # one with a point of the curve (2 and 3): on-policy up to 8 times in all.
 PLACES = {"on-policy": ["save_whole 1 before", "write_csv 4 after", "write_csv 6 after",
-                        "save_whole 3 before", "save_whole 3 after", "os.replace 2 before",
-                        "iterate 2 after", "Adapter.save 2 before", "judge_all 1 after"],
-          "recipe": ["save_whole 5 before", "save_whole 5 after", "write_csv 12 after",
-                     "iterate_buffered 3 after", "write_report 1 before"]}
+                        "save_whole 3 after", "os.replace 2 before", "judge_all 1 after"],
+          "recipe": ["save_whole 5 before", "write_csv 12 after", "write_report 1 before"]}
 
 
 @pytest.mark.parametrize("kind, where", [(kind, w) for kind in PLACES for w in PLACES[kind]])
@@ -1705,24 +1403,16 @@ def test_a_run_killed_anywhere_ends_as_if_it_never_was(kind, where, tmp_path, ba
 
 
 def test_a_run_can_be_extended(tmp_path, base, whole, quick):
-    """It equals one that was long from the start: the point of the curve at the old end is gone."""
+    """It equals one that was long from the start: the point of the curve at the old end is gone.
+    Killed, it goes on to its new end by --resume FOLDER alone."""
     out = tmp_path / "run"
     assert arcopo.main([*RECIPE, "--steps", 1, "--base", base, "--out", out]) == 0
     assert [row["step"] for row in read(out / "semi-curve.csv")] == ["0", "1"]
-    assert arcopo.main(["--resume", out, "--steps", 3]) == 0
-    assert [row["step"] for row in read(out / "semi-curve.csv")] == ["0", "2", "3"]
-    assert ending(out) == whole["recipe"]
-
-
-def test_a_killed_extension_goes_on_to_its_new_end(tmp_path, base, whole, quick):
-    """By --resume FOLDER alone, as the line of an interrupted run says."""
-    out = tmp_path / "run"
-    assert arcopo.main([*ON, "--steps", 1, "--base", base, "--out", out]) == 0
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
-        dies(patch, arcopo, "iterate", 2, False)
+        dies(patch, arcopo, "iterate_buffered", 2, False)
         arcopo.main(["--resume", out, "--steps", 3])
     assert arcopo.main(["--resume", out]) == 0
-    assert ending(out) == whole["on-policy"]
+    assert ending(out) == whole["recipe"]
 
 
 def started(base: Path, out: Path, *more) -> Path:
@@ -1740,65 +1430,46 @@ def content(folder: Path) -> dict:
 def test_resume_takes_other_settings_of_the_machine_and_of_judging(tmp_path, base, quick,
                                                                    monkeypatch):
     """And goes on from another current folder, with a --base that was relative."""
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    shutil.copy(base, tmp_path / "one" / "own.safetensors")
-    monkeypatch.chdir(tmp_path / "one")
-    started("own.safetensors", tmp_path / "run")
-    monkeypatch.chdir(tmp_path / "two")
+    monkeypatch.chdir(base.parent)
+    started(base.name, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
     seen, plain = [], arcopo.iterate
     monkeypatch.setattr(arcopo, "iterate", lambda *a: seen.append(a[3].micro) or plain(*a))
+    monkeypatch.setattr(WeightedReward, "measure_scales", None)         # those of the run are kept
     more = ["--micro", 2, "--device", "cpu", "--judge-samples", 2]
     assert arcopo.main(["--resume", tmp_path / "run", *more]) == 0
     assert seen == [2] and len(read(tmp_path / "run" / "on-policy.csv")) == 2
     assert float(read(tmp_path / "run" / "judged.csv")[0]["spread"]) >= 0       # of two clips
 
 
-def test_resume_refuses_what_would_be_another_run(tmp_path, base, quick, monkeypatch, capsys):
+def test_resume_refuses_what_would_be_another_run(tmp_path, base, quick, capsys):
     out = started(base, tmp_path / "run")
+    others = {"lr": 0.1, "group": 4, "reward": "ta=1", "method": "semi", "base": tmp_path}
+    resumed = [(["--resume", out, f"--{name}", value], (f"--{name} ", "start a new run"))
+               for name, value in others.items()]
+    resumed += [([*ON, "--base", base, "--out", out], (f"--out {out}", "--resume")),
+                (["--resume", tmp_path], (f"--resume {tmp_path}", "not the folder of a run"))]
     before = content(out)
-
-    def refused(line: list, *says) -> None:
+    for line, says in resumed:
         capsys.readouterr()
         assert arcopo.main(line) == 2
         error = capsys.readouterr().err
         assert error.startswith("arcopo: ") and error.count("\n") == 1
         assert all(word in error for word in says) and before == content(out)
 
-    others = {"lr": 0.1, "group": 4, "reward": "ta=1", "seed": 1, "method": "semi",
-              "base": tmp_path, "judge-every": 1, "timesteps": "1,0.5", "clip-range": 0.1,
-              "out": tmp_path / "other"}
-    for name, value in others.items():
-        refused(["--resume", out, f"--{name}", value], f"--{name} ", "start a new run")
-    refused([*ON, "--base", base, "--out", out], f"--out {out}", "--resume")    # two runs in one
-    saved = json.loads((out / "settings.json").read_text())
-    (out / "settings.json").write_text(json.dumps(saved | {"processes": 2}))
-    before = content(out)
-    refused(["--resume", out], "as many processes", "2")
-    refused(["--resume", tmp_path], f"--resume {tmp_path}", "not the folder of a run")
-    refused(["--resume", tmp_path / "none"], "not the folder of a run")
 
-
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_a_signal_ends_a_run_which_then_resumes(number, code, tmp_path, base, quick):
-    """Ctrl-C is one line without a traceback; whatever the signal, the resumed run ends whole."""
+def test_a_run_that_is_killed_by_a_signal_resumes(tmp_path, base, quick):
     start = (f"import sys, pytest, {__name__} as tests; tests.hurry(pytest.MonkeyPatch()); "
              "sys.exit(tests.arcopo.main(sys.argv[1:]))")
     line, out = [*ON, "--base", base, "--steps"], tmp_path / "run"
-    path = os.pathsep.join([str(HERE), str(Path(__file__).parent)])
     command = [sys.executable, "-c", start, *line, 1000, "--out", out]
-    process = subprocess.Popen([*map(str, command)], text=True,
-                               env=os.environ | {"PYTHONPATH": path},
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen([*map(str, command)], env=IMPORTING, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
     table = out / "on-policy.csv"
     while process.poll() is None and not (table.exists() and len(read(table)) > 1):
         time.sleep(0.02)
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == code and "Traceback" not in error
-    if number == signal.SIGINT:
-        last = re.split(r"[\r\n]", error.strip())[-1]
-        assert last == f"arcopo: interrupted; continue with --resume {out}"
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=60) == -signal.SIGKILL
     saved = torch.load(out / "on-policy.checkpoint.pt", weights_only=True)
     steps = len(saved["rows"]) + 1
     assert arcopo.main(["--resume", out, "--steps", steps]) == 0
@@ -1816,9 +1487,7 @@ def share_of_an_update(part: slice, broken: bool = False) -> list[Tensor]:
     branches, _ = fork(model, TRAIN_PROMPTS[:4], 1, noise, *own)
     if broken:
         branches.candidates[-1] = 1e30
-    branches = Fork(branches.prompts[part], branches.prefix[part],
-                    type(branches.context)(*(x[part] for x in branches.context)),
-                    branches.states[part], branches.candidates[part])
+    branches = of_prompts(branches, [*range(4)[part]])
     rewards = torch.randn(4, 4, generator=seeded(2))[part]
     adapter = nonzero(Adapter.new(model, 4, 4.0, seeded(3)))
     optimizer = torch.optim.SGD(adapter.parameters(), 1.0)
@@ -1851,9 +1520,7 @@ def test_two_processes_are_one_with_the_groups_of_both(tmp_path, base):
         "tests.one_of_two_processes(*map(Path, sys.argv[1:]))")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                tmp_path / "worker.py", tmp_path, base]
-    path = os.pathsep.join([str(HERE), str(Path(__file__).parent)])
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True)
+    done = subprocess.run(command, env=IMPORTING, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     before = [p.detach() for p in nonzero(Adapter.new(tiny(), 4, 4.0, seeded(3))).parameters()]
@@ -1873,63 +1540,50 @@ def test_two_processes_are_one_with_the_groups_of_both(tmp_path, base):
 
 # ------------------------------------------------------------------ other runs
 
-@pytest.mark.parametrize("method", ["semi", "off-policy"])
-def test_each_buffered_method_runs_alone(method, tmp_path, base, quick):
-    line = [*RECIPE[:-2], "--method", method, "--steps", 1, "--base", base, "--out", tmp_path]
-    assert arcopo.main(line) == 0
-    assert left(tmp_path) == LEFT | {"buffer.pt", method, f"{method}.csv", f"{method}-curve.csv"}
-    assert [row["model"] for row in read(tmp_path / "judged.csv")] == ["base", method]
+def test_a_buffered_method_runs_alone_also_with_a_flow_model(tmp_path, quick):
+    flow, out = save_base(tmp_path / "flow.safetensors", little(flow=True)), tmp_path / "run"
+    line = [*RECIPE[:-2], "--method", "off-policy", "--steps", 1, "--base", flow]
+    assert arcopo.main([*line, "--out", out]) == 0
+    names = {"off-policy", "off-policy.csv", "off-policy-curve.csv"}
+    assert left(out) == LEFT | names | {"buffer.pt"}
+    assert [row["model"] for row in read(out / "judged.csv")] == ["base", "off-policy"]
 
 
-def test_a_flow_model_trains_by_the_same_command(tmp_path, quick):
-    teacher = save_base(tmp_path / "teacher.safetensors", tiny(flow=True))
-    assert arcopo.main([*RECIPE, "--steps", 1, "--base", teacher, "--out", tmp_path / "run"]) == 0
-    assert (tmp_path / "run" / "merged" / "adapter_model.safetensors").is_file()
-    assert float(read(tmp_path / "run" / "on-policy.csv")[0]["ratio_first"]) == 1
-
-
-@pytest.mark.parametrize("share", [0.5, 1.0])
-def test_a_run_that_is_not_finite_says_so(share, tmp_path, base, quick, monkeypatch, capsys):
-    """Some rewards of a fork, or all and those of the table too."""
-    plain, spoil = WeightedReward.__call__, share
-
-    def spoiled(self, clips, prompts):
-        scores = plain(self, clips, prompts)
-        bad = torch.arange(len(clips)) < spoil * len(clips) * (len(clips) == 6 or share == 1)
-        return {name: x.masked_fill(bad.to(x.device), math.nan) for name, x in scores.items()}
-
-    monkeypatch.setattr(WeightedReward, "__call__", spoiled)
+def test_a_run_that_is_not_finite_says_so(tmp_path, base, quick, monkeypatch, capsys):
+    plain = WeightedReward.__call__
+    monkeypatch.setattr(WeightedReward, "__call__", lambda *a: {
+        name: x * math.nan for name, x in plain(*a).items()})
     assert arcopo.main([*ON, "--steps", 1, "--base", base, "--out", tmp_path / "run"]) == 1
     says = told(capsys)
-    assert f"{6 * share:g} rewards left out" in says and ("table" in says) == (share == 1)
+    assert "6 rewards left out" in says and "table" in says
     assert (tmp_path / "run" / "report.md").exists()
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")])
-def test_too_little_memory_is_one_line(error, tmp_path, base, quick, monkeypatch, capsys):
+@pytest.mark.parametrize("error, code, says", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), 2, "--micro"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 2,
+     "out of memory ("), (KeyboardInterrupt(), 130, "interrupted")])
+def test_too_little_memory_and_ctrl_c_are_one_line(error, code, says, tmp_path, base, quick,
+                                                   monkeypatch, capsys):
 
     def fails(*a):
         raise error
 
     monkeypatch.setattr(arcopo, "iterate", fails)
     out = tmp_path / "run"
-    assert arcopo.main([*ON, "--base", base, "--out", out]) == 2
+    assert arcopo.main([*ON, "--base", base, "--out", out]) == code
     found = capsys.readouterr().err
-    assert "Traceback" not in found and re.search(r"(^|[\r\n])arcopo: out of memory \(", found)
-    assert "--micro" in found and found.endswith(f"; continue with --resume {out}\n")
+    assert "Traceback" not in found and re.search(r"(^|[\r\n])arcopo: ", found) and says in found
+    assert found.endswith(f"; continue with --resume {out}\n")
 
 
 # ------------------------------------------------------------------ bad input
 
 def broken_files(folder: Path, base: Path) -> dict[str, Path]:
-    names = "missing truncated other misshapen headless afile half".split()
-    files = {name: folder / f"{name}.safetensors" for name in names} | {"here": folder}
+    names = "missing truncated misshapen afile half".split()
+    files = {name: folder / f"{name}.safetensors" for name in names}
     files["truncated"].write_bytes(base.read_bytes()[:5000])
-    save_file({"x": torch.zeros(2)}, files["other"])
     save_base(files["misshapen"], little(), width=8)
-    save_base(files["headless"], little(), troupe=2)
     files["afile"].write_text("in the way")
     model = arcopo.load_generator(base)
     Adapter.new(model, 2, 2.0).save(files["half"], model)
@@ -1940,29 +1594,19 @@ def broken_files(folder: Path, base: Path) -> dict[str, Path]:
 
 SAMPLE = ["--sample", PROMPTS[0]]
 BAD = [("--bogus 3", "--bogus"), ("--lr x", "--lr"), ("--lr nan", "--lr nan"),
-       ("--steps 0", "--steps 0"), ("--seed -1", "--seed -1"), ("--group 1", "--anchors 2"),
+       ("--group 1", "--anchors 2"), ("--sweep 0", "--sweep"), ("--prompts 97", "--prompts 97"),
        ("--quasi-norm 3", "--quasi-norm 3"), ("--clip-range nan", "--clip-range nan"),
-       ("--sweep 0", "--sweep"), ("--timesteps 1,0.5,0.6", "--timesteps"),
-       ("--prompts 97", "--prompts 97"), ("--method grpo", "on-policy"),
-       ("--device tpu9", "--device tpu9"),
+       ("--timesteps 1,0.5,0.6", "--timesteps"), ("--seed -1", "--seed -1"),
+       ("--method grpo", "on-policy"), ("--device tpu9", "--device tpu9"),
        ("--samples 2", "no effect with the recipe"),
-       ("--method on-policy --sweep 1", "no effect with --method on-policy"),
        ("--method off-policy --clip-range 0.1", "no effect with --method off-policy"),
-       ("--adapter {half}", "no effect with the recipe"), ("--reward ta=-1", "ta, vq, mq"),
-       ("--reward ta=1,zz=2", "ta, vq, mq"), ("--buffer-reward ta", "ta, vq, mq"),
-       ("--reward no_such_module:f=1", "ModuleNotFoundError"),
-       ("--reward math:no_such=1", "AttributeError"),
-       ("--clip {missing} --reward ta=1", "open_clip"),
-       ("--resume {here}", "not the folder of a run"), ("--base {missing}", "--base"),
-       ("--base {truncated}", "--base"), ("--base {other}", "--base"),
-       ("--base {misshapen}", "--base"), ("--base {headless}", "troupe"),
-       ("--out {afile}", "afile"), ("--out {afile}/run", "afile"),
+       ("--reward ta=1,zz=2", "ta, vq, mq"), ("--reward no_such_module:f=1", "ModuleNotFoundError"),
+       ("--clip {missing} --reward ta=1", "open_clip"), ("--base {missing}", "--base"),
+       ("--base {truncated}", "--base"), ("--base {misshapen}", "--base"),
+       ("--out {afile}/run", "afile"),
        (["--sample", "a pink circle moving right"], "COLOUR one of red"),
        ([*SAMPLE, "--steps", 3], "no effect with --sample"),
-       ([*SAMPLE, "--samples", 0], "--samples 0"),
-       ([*SAMPLE, "--adapter", "{missing}"], "no adapter_model"),
-       ([*SAMPLE, "--adapter", "{half}"], "not an adapter"),
-       ([*SAMPLE, "--out", "{missing}/c.gif"], "c.gif")]
+       ([*SAMPLE, "--adapter", "{half}"], "not an adapter")]
 
 
 @pytest.mark.parametrize("line, says", BAD, ids=[str(line) for line, _ in BAD])
@@ -1974,8 +1618,8 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(line, says, tmp_p
     line = line.split() if isinstance(line, str) else line
     line = [str(word).format(**files) for word in line]
     given = lambda *names: any(name in line for name in names)
-    line += [] if given("--base", "--resume") else ["--base", base]
-    if not given("--sample", "--resume", "--clip"):         # without CLIP, which is slow to load
+    line += [] if given("--base") else ["--base", base]
+    if not given("--sample", "--clip"):                     # without CLIP, which is slow to load
         line += [] if given("--reward") else BLUE
         line += [] if given("--method", "--buffer-reward") else ["--buffer-reward", BLUE[1]]
         line += [] if given("--anchors") else ["--anchors", 2]
@@ -1998,12 +1642,6 @@ def test_weights_never_load_through_pickle(tmp_path):
     with pytest.raises(UserError, match="--clip"):
         ClipReward(f"ViT-B-32:{tmp_path / 'base.pt'}")
     assert not (tmp_path / "ran").exists()
-    for file in sources("*.py"):
-        if file.name != "test_arcopo.py":
-            code = " ".join(file.read_text(encoding="utf-8").split())
-            calls = re.findall(r"torch\.load\((?:[^()]|\([^()]*\))*\)", code)
-            assert len(calls) == code.count("torch.load(") and not re.search(r"import pickle", code)
-            assert all("weights_only=True" in call for call in calls), file
 
 
 # ------------------------------------------------------------------ sources, help and README
@@ -2050,7 +1688,8 @@ def test_readme_names_what_exists():
     names = {name for row in symbols for name in re.findall(r"`([A-Za-z_][\w.]*)`", row)}
     assert len(names) > 10
     for name in names:
-        assert any(reaches(module, name) for module in (arcopo, reward)), name
+        home = arcopo if hasattr(arcopo, name.split(".")[0]) else reward
+        assert attrgetter(name)(home) is not None, name
     known = {arcopo.flag(f.name) for f in fields(Settings)}
     known |= {"--help", "--nproc-per-node", "--check"}      # of argparse, torchrun and examples/
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) <= known
@@ -2063,13 +1702,6 @@ def test_readme_names_what_exists():
             assert target.exists() and (not section or section in anchors(target)), (page, link)
 
 
-def reaches(module, name: str) -> bool:
-    try:
-        return attrgetter(name)(module) is not None
-    except AttributeError:
-        return False
-
-
 def test_the_readmes_python_runs(recipe, base):
     """Its blocks, with the small base and run; a block may use those before it."""
     blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
@@ -2080,9 +1712,7 @@ def test_the_readmes_python_runs(recipe, base):
     assert done.stdout
 
 
-# ------------------------------------------------------------------ studies: the baseline
-
-def sde_forked(model: Generator, pivot: int) -> tuple[Noise, Tensor, Fork, Tensor]:
+def sde_forked(model: Generator, pivot: int) -> tuple:
     """The noise, the branches' own solver noise, and what fork returns."""
     noise = draw_noise(model, len(PROMPTS), seeded(0))
     own = sde_grpo.branch_noise(noise, pivot, 4, seeded(0, 1))
@@ -2112,11 +1742,16 @@ def test_sde_branches_differ_in_the_pivots_solver_noise_alone():
     assert related.abs().max() < 0.02 and abs(own.std() - 1) < 0.02
 
 
+# ------------------------------------------------------------------ studies: the baseline
+
 def test_sde_ascends_the_log_densities_of_its_re_noisings():
     """The first step is their gradient, weighted by the advantages, as all ratios are 1."""
     model, adapter = tiny(), nonzero(new_adapter(tiny()))
     with torch.no_grad(), adapter.on(model):
-        _, _, branches, clips = sde_forked(model, 1)
+        noise = draw_noise(model, 3, seeded(0))
+        own = sde_grpo.branch_noise(noise, 1, 4, seeded(0, 1))
+        branches, clips = fork(model, PROMPTS, 1, noise, *own)
+    assert torch.equal(branches.states[:, 0], noise.initial[:, 1, None].expand(own[0].shape))
     scores, J = clips.flatten(2).mean(2), 0
     advantages = group_advantages(scores, 0, tiny_method().floor)
     found = sde_grpo.log_densities(model, branches, branches.candidates[:, :-1])
@@ -2161,35 +1796,19 @@ def test_the_baseline_refuses_a_sampler_without_noise(tmp_path, base, capsys):
 
 # ------------------------------------------------------------------ studies: measurements
 
-@pytest.mark.parametrize("study", [entropy, base_study, cost, sde_grpo])
-def test_a_study_takes_only_the_settings_that_it_uses(study, capsys):
-    assert study.main(["--help"]) == 0
-    options = set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", capsys.readouterr().out, re.MULTILINE))
-    assert options == {"--help"} | {arcopo.flag(name) for name in study.USED}
-    assert ("--lr" in options) == (study in (cost, sde_grpo))
-    for line in (["--sample", PROMPTS[0]], ["--out", ""], ["--seed", "-1"]):
-        assert study.main(line) == 2 and line[0] in told(capsys)
-
-
-@pytest.mark.parametrize("flow", [False, True])
-def test_the_entropy_study_measures_a_change_only_where_noise_is_redrawn(flow, tmp_path, quick,
+def test_the_entropy_study_measures_a_change_only_where_noise_is_redrawn(tmp_path, base, quick,
                                                                          monkeypatch):
     monkeypatch.setattr(entropy, "HELD_OUT_PROMPTS", PROMPTS)
-    file = save_base(tmp_path / "base.safetensors", tiny(flow=flow))
-    assert entropy.main(["--base", file, *BLUE, "--out", tmp_path / "run"]) == 0
+    assert entropy.main(["--base", base, *BLUE, "--out", tmp_path / "run"]) == 0
     rows = read(tmp_path / "run" / "entropy.csv")
-    assert len(rows) == (2 if flow else 5) * CHUNKS
+    assert len(rows) == 3 * CHUNKS                      # nothing, the initial and the solver noise
     for row in rows:                                    # rows of a batch may round differently
         for column in ("pivot_chunk", "from_pivot_on", "reward"):
             assert (float(row[column]) < 1e-4) == (row["source"] == "nothing"), row
 
 
 def test_the_base_study(tmp_path, quick, monkeypatch):
-    """Its correlation is torch's; sharp clips score higher than training clips."""
-    x, y = torch.randn(2, 5, 4, generator=seeded(0), dtype=torch.double)
-    flat = [(z - z.mean(1, keepdim=True)).flatten() for z in (x + y, x)]
-    expected = torch.corrcoef(torch.stack(flat))[0, 1].item()
-    assert math.isclose(base_study.correlation(x + y, x), expected)
+    """Sharp clips score higher than training clips."""
     monkeypatch.setattr(base_study, "HELD_OUT_PROMPTS", PROMPTS)
     monkeypatch.setattr(base_study, "TRAIN_PROMPTS", TRAIN_PROMPTS[:6])
     model = little()
@@ -2209,18 +1828,10 @@ def test_the_cost_study_counts_every_part(tmp_path, base, quick, capsys, monkeyp
     """What it counts is the number of rows that predict gets, three times with a gradient."""
     monkeypatch.setattr(cost, "SCALES", [("width", 8)])
     monkeypatch.setattr(cost, "ROUNDS", 1)
-    plain, parts = cost.counted_in, []          # slow: in earnest for the first three parts alone
-    found = lambda call: plain(call) if len(parts) <= 3 else {"operations": 1, "megabytes": 1}
-    monkeypatch.setattr(cost, "counted_in", lambda call: parts.append(call) or found(call))
+    monkeypatch.setattr(cost, "counted_in", lambda call: {"operations": 1, "megabytes": 1})
     assert cost.main(["--base", base, *TINY[:10], "--updates", 1, *BLUE, "--out", tmp_path]) == 0
     assert "| share reached" in capsys.readouterr().out
-    rows = {row["part"]: row for row in read(tmp_path / "cost.csv")}
-    assert len(rows) == 3 * CHUNKS + 7 + 2 + 2
-    cuda = torch.cuda.is_available()
-    for part, row in rows.items():
-        assert row.pop("device") == (torch.cuda.get_device_name() if cuda else "CPU")
-        assert all(math.isfinite(float(x)) for name, x in row.items() if name != "part" and x)
-        assert float(row["operations"]) > 0 or part == "prefix 1"
+    assert len(read(tmp_path / "cost.csv")) == 3 * CHUNKS + 7 + 2 + 2
     model, predicted, plain = arcopo.load_generator(base), [], Generator.forward
 
     def counting(x: Tensor, t, context) -> tuple[Tensor, Tensor]:
@@ -2253,30 +1864,25 @@ def test_claims_resumes(tmp_path, base, quick, monkeypatch):
         calls.append(words)
         if len(calls) == 2:
             raise subprocess.CalledProcessError(1, words)
-        own = words[1] == "arcopo.py"
-        assert (arcopo.main([*words[2:], *TINY]) if own else entropy.main(words[3:])) == 0
+        assert arcopo.main([*words[2:], *TINY]) == 0
 
     fake = SimpleNamespace(run=run, CalledProcessError=subprocess.CalledProcessError)
     monkeypatch.setattr(claims, "subprocess", fake)
-    monkeypatch.setattr(entropy, "HELD_OUT_PROMPTS", PROMPTS[:1])
     monkeypatch.setattr(claims, "RUNS", [
         ("C1 C2", "ta", "python arcopo.py --method on-policy --seed S --steps 1"),
-        ("C1", "entropy", "python -m studies.entropy --seed S", (3,)),
         ("C9", "other", "python none.py")])
     line = ["C1", "--seeds", 2, "--out", out, "--extra", f"--base {base} {' '.join(BLUE)}"]
     assert claims.main(line) == 2 and claims.main(line) == 0
-    assert len(calls) == 4 and calls[1] == calls[2]
-    rows = read(out / "results.csv")
+    assert len(calls) == 3 and calls[1] == calls[2]
+    rows, curves = read(out / "results.csv"), read(out / "curves.csv")
     assert [(row["run"], row["seed"], row["model"]) for row in rows] == [
         ("ta", seed, model) for seed in "01" for model in ("base", "on-policy")]
-    curves = read(out / "curves.csv")
     assert [row["step"] for row in curves] == ["0", "1"] * 2
     assert set(rows[0]) - {"model"} == set(curves[0]) - {"training", "step"}
     assert [row["iterations"] for row in read(out / "training.csv")] == ["1"] * 2
-    assert {row["seed"] for row in read(out / "entropy.csv")} == {"3"}
     before = content(out)
     assert claims.main(line) == claims.main(["C2", *line[1:]]) == 0
-    assert len(calls) == 4 and content(out) == before and claims.main(["C3"]) == 2
+    assert len(calls) == 3 and content(out) == before and claims.main(["C3"]) == 2
 
 
 def test_the_tables_of_readme_and_evidence_are_those_of_the_csvs(tmp_path, monkeypatch, capsys):
@@ -2357,12 +1963,6 @@ def tiny_clip(tmp_path, monkeypatch) -> nn.Module:
         monkeypatch.setattr(rewards, name, partial(plain, architecture="tiny-h"))
     torch.manual_seed(0)
     return open_clip.create_model("tiny-h").eval()
-
-
-def unit_features(model: nn.Module, clips: Tensor) -> Tensor:
-    mean, std = (torch.tensor(v)[:, None, None]
-                 for v in (model.visual.image_mean, model.visual.image_std))
-    return model.encode_image((clips.flatten(0, 1) - mean) / std, normalize=True)
 
 
 @torch.no_grad()
