@@ -256,7 +256,7 @@ def load_generator(file: str | Path = "", device: str | torch.device = "cpu",
             model = Generator(**json.loads(f.metadata()["arcopo"])["record"]["generator"])
         model.load_state_dict({name: x.float() for name, x in load_file(file).items()})
     except Exception as error:      # safetensors has its own kinds
-        raise UserError(f"--base {file}: not weights of studies.pretrain ({error!r})") from error
+        raise UserError(f"--base {file}: not weights of studies.pretrain ({error})") from error
     model.fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     model.timesteps = tuple(timesteps) or model.timesteps
     return model.to(device).requires_grad_(False)
@@ -533,7 +533,7 @@ class Adapter:
         file = Path(folder) / "adapter_model.safetensors"
         if not file.exists():
             others = [str(path.parent) for path in Path(folder).glob(f"*/{file.name}")]
-            raise UserError(f"--adapter {folder}: is no adapter; there are {', '.join(others)}"
+            raise UserError(f"--adapter {folder}: is not one; there are {', '.join(others)}"
                             if others else f"--adapter {folder}: there is no {file.name}")
         try:
             with safe_open(str(file), "pt") as f:
@@ -547,9 +547,10 @@ class Adapter:
         except Exception as error:      # safetensors has exceptions of its own
             raise UserError(f"--adapter {folder}: not an adapter of this model ({error!r})"
                             ) from error
-        if record != trained_on(model):
-            raise UserError(f"--adapter {folder}: was trained with {record}, not "
-                            f"{trained_on(model)}; see --base and --timesteps")
+        for name, value in trained_on(model).items():
+            if record.get(name) != value:
+                raise UserError(f"--adapter {folder}: was trained with another {name} "
+                                f"({record.get(name)}, not {value}); see --{name}")
         return cls(weights, config["lora_alpha"])
 
 
@@ -863,8 +864,6 @@ def train(name: str, model: Generator, settings: "Settings", lr: float, iteratio
             p.data.copy_(q)
         optimizer.load_state_dict(saved["optimizer"])
         rows, curve, first = saved["rows"], saved["curve"], len(saved["rows"]) + 1
-        if first > settings.steps + 1:
-            raise UserError(f"--steps {settings.steps}: {name} has done {first - 1} already")
         curve = [row for row in curve if judged(row["step"])]       # not the end before --steps N
     write_csv(folder / f"{name}.csv", rows)
     write_csv(folder / f"{name}-curve.csv", curve)
@@ -1001,7 +1000,8 @@ class Settings(Method):
     samples: int = option(1, "with --sample: how many clips, side by side")
     adapter: str = option("", "with --sample: the folder of the adapter to apply")
     out: str = option("", "run folder [runs/DATE-TIME]; with --sample the GIF [clip.gif]")
-    resume: str = option("", "continue the run in this folder, with its settings")
+    resume: str = option("", "continue the run in this folder, with its settings; --steps (more), "
+                         "--micro, --device, --sweep and --judge-samples can be given anew")
     base: str = option("", "weights of the base generator [assets/base.safetensors]")
     timesteps: tuple = option((), "sampler times, falling from 1, as 1,0.5,0.25,0.1 [the base's]")
     seed: int = option(0, "seed of training, sampling and judging")
@@ -1059,7 +1059,9 @@ def parse(arguments: list | None = None, cls: type = Settings, only: set | None 
             text = f.metadata["text"] + (f" [{f.default}]" if f.default else "")
             text += f" (paper: {f.metadata['paper']})" if f.metadata["paper"] else ""
             parser.add_argument(flag(f.name), type=numbers if f.type is tuple else f.type,
-                                help=text, metavar="X", choices=f.metadata["choices"] or None)
+                                help=text,
+                                metavar=None if f.metadata["choices"] else "X",
+                                choices=f.metadata["choices"] or None)
     given = vars(parser.parse_args(arguments and [str(a) for a in arguments]))
     for name in [name for name, value in given.items() if value == ""]:
         raise UserError(f"{flag(name)}: must not be empty")
@@ -1070,8 +1072,11 @@ def parse(arguments: list | None = None, cls: type = Settings, only: set | None 
         saved = read_record(given["resume"], cls)["settings"]
         for name in given.keys() - CHANGEABLE:
             if given[name] != saved[name]:
-                raise UserError(f"{flag(name)} {given[name]}: would make it another training; the "
-                                f"run in {given['resume']} has {saved[name]!r}; start a new run")
+                raise UserError(f"{flag(name)} {given[name]}: the run in {given['resume']} has "
+                                f"{saved[name]!r}, which --resume cannot change; start a new run")
+        if given.get("steps", saved["steps"]) < saved["steps"]:
+            raise UserError(f"--steps {given['steps']}: must be at least {saved['steps']}, the "
+                            "run's own")
         given = saved | given
     try:
         settings = cls(**given)
@@ -1200,6 +1205,9 @@ def run(settings: Settings) -> int:
 @torch.no_grad()
 def stream(settings: Settings) -> int:
     """Generate clips of a prompt chunk by chunk and write them to a GIF, side by side."""
+    file = Path(settings.out or "clip.gif")
+    if file.suffix != ".gif":
+        raise UserError(f"--out {file}: must be the name of a .gif file")
     model = load_generator(settings.base, choose_device(settings.device), settings.timesteps)
     adapter = Adapter.load(settings.adapter, model) if settings.adapter else None
     context = model.begin([settings.sample] * settings.samples)
@@ -1208,7 +1216,7 @@ def stream(settings: Settings) -> int:
         for p in progress(range(model.chunks), desc="streaming", unit="chunk"):
             new, context = rollout(model, context, noise, p, p + 1)
             chunks.append(new)
-    file = Path(settings.out or "clip.gif")
+    file.parent.mkdir(parents=True, exist_ok=True)
     save_gif([model.decode(torch.cat(chunks, 1))[None]], file, scale=8)
     print(f"wrote {file}")
     return 0

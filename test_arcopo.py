@@ -1059,10 +1059,10 @@ def test_an_adapter_of_another_base_or_other_times_is_refused(tmp_path):
     other, slower = (copy.deepcopy(model) for _ in range(2))
     other.fingerprint, slower.timesteps = "bbbb", (1.0, 0.5)
     for place, loading, says in (
-            (tmp_path / "run", model, "is no adapter; there are .*semi$"),
+            (tmp_path / "run", model, "is not one; there are .*semi$"),
             (tmp_path, model, "there is no adapter_model.safetensors"),
-            (folder, other, "trained with .*aaaa.* not .*bbbb.*; see --base"),
-            (folder, slower, r"trained with .*\[1.0, 0.6.* not .*\[1.0, 0.5\].*; see")):
+            (folder, other, r"another base \(aaaa, not bbbb\); see --base"),
+            (folder, slower, r"another timesteps \(\[1.0, 0.6.* not \[1.0, 0.5\]\); see")):
         with pytest.raises(UserError, match=says):
             Adapter.load(place, loading)
 
@@ -1448,6 +1448,7 @@ def test_resume_refuses_what_would_be_another_run(tmp_path, base, quick, capsys)
     resumed = [(["--resume", out, f"--{name}", value], (f"--{name} ", "start a new run"))
                for name, value in others.items()]
     resumed += [([*ON, "--base", base, "--out", out], (f"--out {out}", "--resume")),
+                (["--resume", out, "--steps", 1], ("--steps 1", "must be at least 2")),
                 (["--resume", tmp_path], (f"--resume {tmp_path}", "not the folder of a run"))]
     before = content(out)
     for line, says in resumed:
@@ -1674,7 +1675,8 @@ def test_help_tells_every_setting_and_the_papers_value(capsys):
     assert arcopo.main(["--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     for f in fields(Settings):
-        assert f"{arcopo.flag(f.name)} X" in text and f.metadata["text"][:20] in text
+        values = "{" if f.metadata["choices"] else "X"
+        assert f"{arcopo.flag(f.name)} {values}" in text and f.metadata["text"][:20] in text
         assert not f.metadata["paper"] or f"(paper: {f.metadata['paper']})" in text
         assert not f.default or f"[{f.default}]" in text
     assert "(paper: 12)" in text and "(paper: 0.8 in Neighbor GRPO)" in text
