@@ -41,7 +41,8 @@ from reward import (CHUNKS, HELD_OUT_PROMPTS, QUALITIES, TRAIN_PROMPTS, ClipRewa
                     WeightedReward, evaluate, judge, make_clips)
 from examples import rewards
 from studies import base as base_study
-from studies import claims, cost, durations, entropy, pretrain, sde_grpo, tables, train_clip
+from studies import (claims, cost, durations, entropy, gpu, pretrain, sde_grpo, tables,
+                     train_clip)
 
 HERE = Path(arcopo.__file__).resolve().parent
 torch.set_num_threads(1)                # faster for models this small
@@ -2000,3 +2001,12 @@ def test_aesthetic_is_laions_head_on_unit_features(tiny_clip, tmp_path):
     torch.save(weights, tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
     expected = head(unit_features(tiny_clip, clips)).view(3, 12).mean(1)
     assert torch.allclose(rewards.aesthetic(clips, PROMPTS), expected, atol=1e-5)
+
+
+def test_the_gpu_study_compares_and_times(base, monkeypatch, capsys):
+    for name, value in (("STEPS", 1), ("GROUPS", 4), ("ROUNDS", 1), ("PROMPTS", (2,))):
+        monkeypatch.setattr(gpu, name, value)
+    assert gpu.main(["--device", "cpu", "--base", base, "--group", 3, "--anchors", 2]) == 0
+    said = capsys.readouterr().out
+    assert said.count("bit-equal; after 1 iterations") == said.count("by 0e+00 of its change") == 2
+    assert "2 prompts: fork" in said
