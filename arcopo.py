@@ -1000,7 +1000,7 @@ class Settings(Method):
     samples: int = option(1, "with --sample: how many clips, side by side")
     adapter: str = option("", "with --sample: the folder of the adapter to apply")
     out: str = option("", "run folder [runs/DATE-TIME]; with --sample the GIF [clip.gif]")
-    resume: str = option("", "continue the run in this folder, with its settings; --steps (more), "
+    resume: str = option("", "continue the run in this folder, with its settings; --steps, "
                          "--micro, --device, --sweep and --judge-samples can be given anew")
     base: str = option("", "weights of the base generator [assets/base.safetensors]")
     timesteps: tuple = option((), "sampler times, falling from 1, as 1,0.5,0.25,0.1 [the base's]")
@@ -1074,9 +1074,6 @@ def parse(arguments: list | None = None, cls: type = Settings, only: set | None 
             if given[name] != saved[name]:
                 raise UserError(f"{flag(name)} {given[name]}: the run in {given['resume']} has "
                                 f"{saved[name]!r}, which --resume cannot change; start a new run")
-        if given.get("steps", saved["steps"]) < saved["steps"]:
-            raise UserError(f"--steps {given['steps']}: must be at least {saved['steps']}, the "
-                            "run's own")
         given = saved | given
     try:
         settings = cls(**given)
@@ -1155,6 +1152,10 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
         if record["processes"] != processes:
             raise UserError(f"--resume {folder}: start as many processes as before, "
                             f"{record['processes']}")
+        for file in folder.glob("*.checkpoint.pt"):
+            done = len(torch.load(file, map_location="cpu", weights_only=True)["rows"])
+            if done > settings.steps:
+                raise UserError(f"--steps {settings.steps}: the run has done {done} already")
     elif (folder / "settings.json").exists():
         raise UserError(f"--out {folder}: holds a run; --resume it or name another folder")
     model, reward, buffer_reward = load(settings, record["reward_scales"])
