@@ -1137,9 +1137,9 @@ def read_record(folder: str | Path, cls: type = Settings) -> dict:
 def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
     """Begin a run, or continue it: its folder, with settings.json, and what load returns. A new run
     takes no folder that has a settings.json. Raises UserError."""
-    settings.device = choose_device(settings.device)
+    device = choose_device(settings.device)
     if dist.is_torchelastic_launched() and not dist.is_initialized():           # by torchrun
-        dist.init_process_group("nccl" if settings.device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     processes = dist.get_world_size() if dist.is_initialized() else 1
     folder, git = Path(settings.out), ["git", "-C", str(ASSETS.parent), "rev-parse", "HEAD"]
     record = {"program": type(settings).__name__, "settings": asdict(settings),
@@ -1167,6 +1167,7 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
         part = folder / "settings.json.part"
         part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         os.replace(part, folder / "settings.json")
+    settings.device = device        # for the report; settings.json keeps what was asked for
     return folder, model, reward, buffer_reward
 
 
@@ -1198,7 +1199,8 @@ def run(settings: Settings) -> int:
                 for name, own in scores.items()}
         s = choose_strength({s: both[f"s = {s:g}"] for s in settings.sweep}, both["base"])
         chosen = "semi" if s is None else f"s = {s:g}"
-        models[chosen].save(folder / "merged", model)
+        if RANK == 0:
+            models[chosen].save(folder / "merged", model)
     write_report(folder, settings, clips, scores, time.perf_counter() - began, chosen)
     return 0 if all_finite(rows, scores) else 1
 
