@@ -43,7 +43,6 @@ import re
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -419,17 +418,15 @@ def group_advantages(rewards: Tensor, power: float = 0.0, floor: float = 1e-6) -
     group counts little. A reward that is not finite is left out of r̄ and σ_r, and its advantage
     is 0.
     """
-    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
-    finite = rewards.isfinite()
-    count = finite.sum(-1, keepdim=True).clamp_min(1)
-    least = rewards.where(finite, math.inf).amin(-1, keepdim=True)
-    centred = (rewards - least).where(finite, 0)    # equal rewards: exact zeros
-    centred = (centred - centred.sum(-1, keepdim=True) / count).where(finite, 0)
-    deviation = (centred.square().sum(-1, keepdim=True) / count).sqrt()
+    dtype = torch.promote_types(rewards.dtype, torch.float32)
+    rewards = rewards.to(dtype).where(rewards.isfinite(), math.nan)
+    rewards = rewards - rewards.nan_to_num(math.inf).amin(-1, keepdim=True)     # equal: exactly 0
+    centred = rewards - rewards.nanmean(-1, keepdim=True)
+    deviation = centred.square().nanmean(-1, keepdim=True).sqrt()
     if power == 0:
-        return centred / deviation.clamp_min(floor)
-    norm = centred.abs().pow(power).sum(-1, keepdim=True).pow(1 / power)
-    return centred / norm.clamp_min(1e-30) * (deviation / floor).clamp_max(1)
+        return (centred / deviation.clamp_min(floor)).nan_to_num()
+    norm = centred.abs().pow(power).nansum(-1, keepdim=True).pow(1 / power)
+    return (centred / norm.clamp_min(1e-30) * (deviation / floor).clamp_max(1)).nan_to_num()
 
 
 def surrogate_log_policy(candidates: Tensor, anchor: Tensor, tau: float) -> Tensor:
@@ -493,10 +490,9 @@ class Adapter:
     @contextmanager
     def on(self, model: nn.Module):
         """Inside, the model is the adapted one. Hooks add the low-rank terms to the outputs; where
-        no gradient is recorded (torch.no_grad), they are merged into float32 weights that nothing
-        else uses, which is faster. All is undone exactly; several adapters add up."""
+        no gradient is recorded (torch.no_grad), float32 layers get merged weights instead, which is
+        faster. All is undone exactly; several adapters add up."""
         scale = self.alpha / self.rank
-        uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
 
         def add(A: Tensor, B: Tensor, layer: nn.Module, x: tuple, y: Tensor) -> Tensor:
             with torch.autocast(y.device.type, enabled=False):          # in float32
@@ -506,13 +502,13 @@ class Adapter:
         with ExitStack() as undo:
             for name, (A, B) in self.weights.items():
                 layer = model.get_submodule(name)
-                weight = layer._parameters.get("weight")        # None: parametrized
-                alone = weight is not None and uses[id(weight)] == 1
-                if not torch.is_grad_enabled() and alone and weight.dtype == torch.float32:
-                    undo.callback(setattr, weight, "data", weight.data)
-                    weight.data = weight + scale * B @ A
-                else:
+                own = layer._parameters
+                weight = own.get("weight")                              # None: parametrized
+                if torch.is_grad_enabled() or weight is None or weight.dtype != A.dtype:
                     undo.enter_context(layer.register_forward_hook(partial(add, A, B)))
+                else:
+                    undo.callback(own.update, weight=weight)
+                    own["weight"] = nn.Parameter(weight + scale * B @ A, requires_grad=False)
             yield model
 
     def save(self, folder: str | Path, model: nn.Module) -> None:
@@ -533,17 +529,19 @@ class Adapter:
         file = Path(folder) / "adapter_model.safetensors"
         if not file.exists():
             others = [str(path.parent) for path in Path(folder).glob(f"*/{file.name}")]
-            raise UserError(f"--adapter {folder}: is not one; there are {', '.join(others)}"
-                            if others else f"--adapter {folder}: there is no {file.name}")
+            raise UserError(f"--adapter {folder}: there is no {file.name}"
+                            + (f", but in {', '.join(others)}" if others else ""))
         try:
             with safe_open(str(file), "pt") as f:
                 record = json.loads(f.metadata()["arcopo"])
             config = json.loads(file.with_name("adapter_config.json").read_text())
             tensors, weights = load_file(file), {}
-            for name in dict.fromkeys(key[len(PEFT) :].split(".lora_")[0] for key in tensors):
-                device = model.get_submodule(name).weight.device
-                pair = (tensors[f"{PEFT}{name}.lora_{letter}.weight"] for letter in "AB")
-                weights[name] = tuple(z.to(device).requires_grad_() for z in pair)
+            for key in tensors:
+                name, _, letter = key.removeprefix(PEFT).partition(".lora_")
+                if letter == "A.weight":
+                    pair = tensors[key], tensors[key.replace(".lora_A.", ".lora_B.")]
+                    device = model.get_submodule(name).weight.device
+                    weights[name] = tuple(z.to(device).requires_grad_() for z in pair)
         except Exception as error:      # safetensors has exceptions of its own
             raise UserError(f"--adapter {folder}: not an adapter of this model ({error!r})"
                             ) from error
@@ -580,6 +578,10 @@ def draw_pairs(T: int, group: int, anchors: int, rng: torch.Generator) -> Tensor
     """
     drawn = torch.randperm(group, generator=rng)[:anchors]
     return torch.cartesian_prod(torch.arange(T), drawn)
+
+
+RANK = int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0    # only rank 0 writes
+progress = partial(tqdm, disable=RANK > 0)
 
 
 def average_(x: Tensor) -> Tensor:
@@ -651,6 +653,21 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
 
 # ------------------------------------------------------------------ exploration and buffer
 
+def rewarded(branches: Fork, clips: Tensor, reward: Callable) -> dict[str, Tensor]:
+    """The scores [P, G] of the branches' clips [P, G, ...]. A branch that is not finite gets NaN,
+    which is no advantage and no anchor, and zeros in place of its states and candidates."""
+    P, G = clips.shape[:2]
+    scores = reward(clips.flatten(0, 1), [p for p in branches.prompts for _ in range(G)])
+    candidates = branches.candidates.transpose(1, 2).reshape(P, G, -1)
+    finite = (clips.reshape(P, G, -1).isfinite().all(2).to(candidates.device)
+              & candidates.isfinite().all(2))
+    broken = ~finite.view(P, 1, G, *[1] * (branches.states.ndim - 3))
+    branches.states.masked_fill_(broken, 0)
+    branches.candidates.masked_fill_(broken, 0)
+    return {name: x.view(P, G).to(finite.device).where(finite, math.nan)
+            for name, x in scores.items()}
+
+
 @torch.no_grad()
 def explore(model: Generator, method: Method, prompts: list[str], reward: Callable,
             rng: torch.Generator) -> tuple[Fork, dict[str, Tensor]]:
@@ -669,21 +686,6 @@ def explore(model: Generator, method: Method, prompts: list[str], reward: Callab
     own = branch_noise(noise, pivot, method.sigma, method.group, rng)               # line 4
     branches, clips = fork(model, chosen, pivot, noise, *own, method.micro)         # lines 2, 3, 5
     return branches, rewarded(branches, clips, reward)
-
-
-def rewarded(branches: Fork, clips: Tensor, reward: Callable) -> dict[str, Tensor]:
-    """The scores [P, G] of the branches' clips [P, G, ...]. A branch that is not finite gets NaN,
-    which is no advantage and no anchor, and zeros in place of its states and candidates."""
-    P, G = clips.shape[:2]
-    scores = reward(clips.flatten(0, 1), [p for p in branches.prompts for _ in range(G)])
-    candidates = branches.candidates.transpose(1, 2).reshape(P, G, -1)
-    finite = (clips.reshape(P, G, -1).isfinite().all(2).to(candidates.device)
-              & candidates.isfinite().all(2))
-    broken = ~finite.view(P, 1, G, *[1] * (branches.states.ndim - 3))
-    branches.states.masked_fill_(broken, 0)
-    branches.candidates.masked_fill_(broken, 0)
-    return {name: x.view(P, G).to(finite.device).where(finite, math.nan)
-            for name, x in scores.items()}
 
 
 # The groups of semi-on-policy training (Sec. 3.3), made once by the reference policy and never
@@ -730,38 +732,27 @@ def draw_from(buffer: Buffer, model: Generator, P: int,
     return branches, scores
 
 
-# ------------------------------------------------------------------ merging and the choice of s
+# ------------------------------------------------------------------ one iteration
 
-def merge_adapters(*terms: tuple[Adapter, float]) -> Adapter:
-    """Σ s_k Δ_k as one adapter, exactly: the ranks add up (Sec. 3.3: θ_ref + Δ_semi + s · Δ_on).
-    Raises ValueError if the adapters have other layers."""
-    if any(adapter.weights.keys() != terms[0][0].weights.keys() for adapter, s in terms):
-        raise ValueError("the adapters must have the same layers")
-    weights = {}
-    for name in terms[0][0].weights:
-        A = torch.cat([adapter.weights[name][0] for adapter, s in terms])
-        B = torch.cat([adapter.weights[name][1] * (s * adapter.alpha / adapter.rank)
-                       for adapter, s in terms], 1)
-        weights[name] = A.detach(), B.detach()
-    return Adapter(weights, alpha=float(A.shape[0]))                # α = r: the scales are in B
+def reward_metrics(scores: dict[str, Tensor], floor: float) -> dict[str, Tensor]:
+    """scores {"reward", ...: [P, G]} -> their means over finite values; not_finite: rewards left
+    out; deviation: of the reward in a group; flat_groups: share with a deviation below the floor"""
+    scores = {name: x.where(x.isfinite(), math.nan) for name, x in scores.items()}
+    reward = scores["reward"]
+    deviation = (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
+    flat = ~(deviation >= floor)                    # also NaN, in a group without rewards
+    return {name: x.nanmean() for name, x in scores.items()} | {
+        "not_finite": reward.isnan().float().sum(), "deviation": deviation.nanmean(),
+        "flat_groups": flat.float().mean()}
 
 
-def choose_strength(scores: dict[float, tuple[float, float]],
-                    base: tuple[float, float]) -> float | None:
-    """Sec. 4.4: the largest s that improves both (reward, independent judge) over the base.
-
-    None if none does. Departures: then the script uses the semi-on-policy adapter alone (s = 0),
-    which the paper's rule does not cover; and it measures both scores on the same clips. Equal or
-    NaN is no improvement.
-    """
-    return max((s for s, (reward, score) in scores.items()
-                if reward > base[0] and score > base[1]), default=None)
-
-
-# ------------------------------------------------------------------ training loop
-
-RANK = int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0    # only rank 0 writes
-progress = partial(tqdm, disable=RANK > 0)
+def metrics(rows: list[dict[str, Tensor]], drawn: list[Fork], began: float) -> dict:
+    """A row for the CSV from the rows of an iteration's draws."""
+    table = torch.stack([torch.stack(list(row.values())) for row in rows])      # [draws, metrics]
+    row = dict(zip(rows[0], average_(table.mean(0)).tolist()))
+    row |= {name: row[name] * len(rows) for name in ("skipped", "not_finite")}
+    pivots = " ".join(str(branches.prefix.shape[1] + 1) for branches in drawn)
+    return {"pivot": pivots} | row | {"seconds": time.perf_counter() - began}
 
 
 def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer, method: Method,
@@ -793,36 +784,84 @@ def iterate_buffered(model: Generator, adapter: Adapter, optimizer: torch.optim.
     return metrics(rows, drawn, began)
 
 
-def reward_metrics(scores: dict[str, Tensor], floor: float) -> dict[str, Tensor]:
-    """scores {"reward", ...: [P, G]} -> their means over finite values; not_finite: rewards left
-    out; deviation: of the reward in a group; flat_groups: share with a deviation below the floor"""
-    scores = {name: x.where(x.isfinite(), math.nan) for name, x in scores.items()}
-    reward = scores["reward"]
-    deviation = (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
-    flat = ~(deviation >= floor)                    # also NaN, in a group without rewards
-    return {name: x.nanmean() for name, x in scores.items()} | {
-        "not_finite": reward.isnan().float().sum(), "deviation": deviation.nanmean(),
-        "flat_groups": flat.float().mean()}
+# ------------------------------------------------------------------ merging and the choice of s
+
+def merge_adapters(*terms: tuple[Adapter, float]) -> Adapter:
+    """Σ s_k Δ_k as one adapter, exactly: the ranks add up (Sec. 3.3: θ_ref + Δ_semi + s · Δ_on).
+    Raises ValueError if the adapters have other layers."""
+    if any(adapter.weights.keys() != terms[0][0].weights.keys() for adapter, s in terms):
+        raise ValueError("the adapters must have the same layers")
+    weights = {}
+    for name in terms[0][0].weights:
+        A = torch.cat([adapter.weights[name][0] for adapter, s in terms])
+        B = torch.cat([adapter.weights[name][1] * (s * adapter.alpha / adapter.rank)
+                       for adapter, s in terms], 1)
+        weights[name] = A.detach(), B.detach()
+    return Adapter(weights, alpha=float(A.shape[0]))                # α = r: the scales are in B
 
 
-def metrics(rows: list[dict[str, Tensor]], drawn: list[Fork], began: float) -> dict:
-    """A row for the CSV from the rows of an iteration's draws."""
-    table = torch.stack([torch.stack(list(row.values())) for row in rows])      # [draws, metrics]
-    row = dict(zip(rows[0], average_(table.mean(0)).tolist()))
-    row |= {name: row[name] * len(rows) for name in ("skipped", "not_finite")}
-    pivots = " ".join(str(branches.prefix.shape[1] + 1) for branches in drawn)
-    return {"pivot": pivots} | row | {"seconds": time.perf_counter() - began}
+def choose_strength(scores: dict[float, tuple[float, float]],
+                    base: tuple[float, float]) -> float | None:
+    """Sec. 4.4: the largest s that improves both (reward, independent judge) over the base.
+
+    None if none does. Departures: then the script uses the semi-on-policy adapter alone (s = 0),
+    which the paper's rule does not cover; and it measures both scores on the same clips. Equal or
+    NaN is no improvement.
+    """
+    return max((s for s, (reward, score) in scores.items()
+                if reward > base[0] and score > base[1]), default=None)
 
 
-def own_buffer(file: Path, model: Generator, settings: "Settings", reward: Callable) -> Buffer:
-    """The buffer of a run: read from its file, or collected and saved."""
-    if file.exists():
-        return torch.load(file, map_location="cpu", weights_only=True)
-    buffer = collect_buffer(model, settings, TRAIN_PROMPTS, reward, settings.buffer_groups,
-                            settings.seed)
-    save_whole(buffer, file)
-    return buffer
+# ------------------------------------------------------------------ the script: its settings
 
+METHODS = ("on-policy", "semi", "off-policy")
+
+
+@dataclass
+class Settings(Method):
+    """Settings of the script: those of the method, and these."""
+    steps: int = option(100, "iterations", "100")
+    lr: float = option(1e-4, "learning rate of AdamW, on-policy", "1e-5")
+    rank: int = option(16, "rank r of the LoRA adapter", "64")
+    alpha: float = option(32.0, "α of the LoRA adapter, scaled by α/r", "128")
+    buffer_groups: int = option(100, "rollout groups in the buffer", "100")
+    buffer_lr: float = option(1e-3, "learning rate of AdamW with the buffer", "1e-5")
+    buffer_tau: float = option(6.0, "temperature τ with the buffer, where the clip is the trust "
+                               "region around the reference, as wide as ε τ", "as --tau")
+    buffer_reward: str = option("ta=1", "rewards of the buffer, as --reward", "TA")
+    sweep: tuple = option((0.4, 0.6, 0.8, 1.0), "strengths s of the on-policy adapter", "0.4 to 1")
+    method: str = option("", "train one adapter instead of the whole recipe", choices=METHODS)
+    sample: str = option("", "write clips of this prompt to --out (a .gif) instead")
+    samples: int = option(1, "with --sample: how many clips, side by side")
+    adapter: str = option("", "with --sample: the folder of the adapter to apply")
+    out: str = option("", "run folder [runs/DATE-TIME]; with --sample the GIF [clip.gif]")
+    resume: str = option("", "continue the run in this folder, with its settings; --steps, "
+                         "--micro, --device, --sweep and --judge-samples can be given anew")
+    base: str = option("", "weights of the base generator [assets/base.safetensors]")
+    timesteps: tuple = option((), "sampler times, falling from 1, as 1,0.5,0.25,0.1 [the base's]")
+    seed: int = option(0, "seed of training, sampling and judging")
+    device: str = option("auto", "cpu, cuda, cuda:1 ...; auto is cuda if there is one")
+    reward: str = option("ta=1,vq=1,mq=1", "weights of ta, vq, mq (text alignment, visual, motion "
+                         "quality) and of module:function, your own", "VideoAlign's, 1 each")
+    clip: str = option("", "open_clip model of ta, vq, mq: a folder, ARCH:FILE or ARCH:TAG, as "
+                       "ViT-B-32:laion2b_s34b_b79k [assets/clip]")
+    judge_prompts: str = option("held-out", "training: 24 of the training prompts, to choose "
+                                "settings on", choices=tuple(JUDGE_PROMPTS))
+    judge_samples: int = option(8, "clips per prompt in the final table")
+    judge_every: int = option(20, "iterations between points of the curve")
+
+    def __post_init__(self):
+        super().__post_init__()
+        times = (*self.timesteps, 0.0)
+        if self.timesteps and not (times[0] == 1 and all(t > s for t, s in zip(times, times[1:]))):
+            raise ValueError(f"timesteps {self.timesteps}: must fall from 1 toward 0")
+        if not all(0 < s < math.inf for s in self.sweep):
+            raise ValueError(f"sweep {self.sweep}: must be numbers above 0")
+        if self.prompts > len(TRAIN_PROMPTS):
+            raise ValueError(f"prompts {self.prompts}: must be at most {len(TRAIN_PROMPTS)}")
+
+
+# ------------------------------------------------------------------ training loop
 
 def save_whole(content, file: Path) -> None:
     """torch.save, all or nothing: whatever ends the process leaves the old file or the new one."""
@@ -844,7 +883,7 @@ def write_csv(file: Path, rows: list[dict], mode: str = "w") -> None:
                 writer.writerow(row | dict.fromkeys(undefined, ""))
 
 
-def train(name: str, model: Generator, settings: "Settings", lr: float, iteration: Callable,
+def train(name: str, model: Generator, settings: Settings, lr: float, iteration: Callable,
           point: Callable, folder: Path) -> tuple[Adapter, list[dict]]:
     """Train an adapter -> the adapter, also saved to NAME/, and the rows of NAME.csv.
 
@@ -898,7 +937,7 @@ def sample_batches(model: Generator, prompts: list[str], rng: torch.Generator,
     return torch.cat([sample(model, part, draw_noise(model, len(part), rng)) for part in parts])
 
 
-def judge_model(model: Generator, reward: Callable, settings: "Settings", samples: int,
+def judge_model(model: Generator, reward: Callable, settings: Settings, samples: int,
                 stream: str) -> tuple[Tensor, dict[str, Tensor]]:
     """`samples` clips of each prompt of the judging, on the same noise for any adapter, and their
     scores (reward.evaluate)."""
@@ -908,7 +947,7 @@ def judge_model(model: Generator, reward: Callable, settings: "Settings", sample
 
 
 @torch.no_grad()
-def judge_all(model: Generator, reward: Callable, settings: "Settings",
+def judge_all(model: Generator, reward: Callable, settings: Settings,
               models: dict[str, Adapter | None]) -> tuple[dict, dict]:
     """judge_model of each model by name (None: the base) -> clips and scores, by name."""
     clips, scores = {}, {}
@@ -930,37 +969,42 @@ def save_gif(blocks: list[Tensor], file: str | Path, scale: int = 4) -> None:
     iio.imwrite(file, torch.cat(parts[:-1], 2).numpy(), extension=".gif", duration=150, loop=0)
 
 
-def write_report(folder: Path, settings: "Settings", clips: dict[str, Tensor],
+def write_report(folder: Path, settings: Settings, clips: dict[str, Tensor],
                  scores: dict[str, dict[str, Tensor]], seconds: float, chosen: str = "") -> None:
     """Write judged.csv, models.gif and report.md, which is also printed, from what judge_all
     returns. chosen: the model in merged/."""
     rows = []
-    report = ("| model       | Δ reward        | Δ judge         | all right | area |\n"
-              "| ----------- | --------------- | --------------- | --------- | ---- |\n")
+    right = scores["base"]["all_right"] == 1
+    report = ("| model       | Δ reward        | Δ judge         | all right | mended | spoiled "
+              "| area |\n| ----------- | --------------- | --------------- | --------- | ------ "
+              "| ------- | ---- |\n")
     for name, own in scores.items():
         row = {"model": name} | {column: x.mean().item() for column, x in own.items()}
         for column in ("reward", "judge"):
-            change = own[column] - scores["base"][column]
+            change = (own[column] - scores["base"][column]).mean(1)
             row[f"Δ {column}"] = change.mean().item()
             row[f"± {column}"] = change.std().item() / len(change) ** 0.5
+        row["mended"] = own["all_right"][~right].mean().item()
+        row["spoiled"] = 1 - own["all_right"][right].mean().item()
         rows.append(row)
         report += (f"| {name + ' *' * (name == chosen):11} "
                    f"| {row['Δ reward']:+7.3f} ± {row['± reward']:.3f} "
                    f"| {row['Δ judge']:+7.3f} ± {row['± judge']:.3f} "
-                   f"| {row['all_right']:9.2f} | {row['area']:4.0f} |\n")
+                   f"| {row['all_right']:9.2f} | {row['mended']:6.0%} | {row['spoiled']:7.0%} "
+                   f"| {row['area']:4.0f} |\n")
     shown = [name for name in scores if name == chosen or not name.startswith("s = ")]
     report += (f"\n{settings.judge_samples} clips of each {settings.judge_prompts} prompt, the "
                "same noise for all models. Δ: change from the\nbase ± standard error over prompts; "
-               "area of the shape in px². judged.csv has all scores.\n"
-               f"models.gif shows, from left: {', '.join(shown)}.\n"
+               "mended: share of the base's wrong clips that are all\nright now; spoiled: of its "
+               "right clips that are wrong now; area of the shape in px².\n"
+               f"judged.csv has all scores; models.gif shows, from left: {', '.join(shown)}.\n"
                f"{seconds / 60:.1f} minutes on {settings.device}.\n")
-    better = {row["model"]: row["Δ reward"] > 0 and row["Δ judge"] > 0 for row in rows}
-    if chosen == "semi":
-        report += "* In merged/, as no s improves both reward and judge over the base.\n"
-    elif chosen:
-        report += "* In merged/: the largest s that improves both reward and judge over the base.\n"
-    if chosen and not better[chosen]:
-        report += "  It does not improve both: use the base, or train with other settings.\n"
+    if chosen:
+        rule = "no s improves" if chosen == "semi" else "the largest s that improves"
+        report += f"* In merged/: {rule} both reward and judge over the base.\n"
+        row = next(row for row in rows if row["model"] == chosen)
+        if not (row["Δ reward"] > 0 and row["Δ judge"] > 0):
+            report += "  It does not improve both: use the base, or train with other settings.\n"
     write_csv(folder / "judged.csv", rows)
     if RANK == 0:
         (folder / "report.md").write_text(report, encoding="utf-8")
@@ -981,58 +1025,11 @@ def all_finite(rows: list[dict], scores: dict[str, dict[str, Tensor]]) -> bool:
 
 # ------------------------------------------------------------------ command line
 
-METHODS = ("on-policy", "semi", "off-policy")
-
-
-@dataclass
-class Settings(Method):
-    """Settings of the script: those of the method, and these."""
-    steps: int = option(100, "iterations", "100")
-    lr: float = option(1e-4, "learning rate of AdamW, on-policy", "1e-5")
-    rank: int = option(16, "rank r of the LoRA adapter", "64")
-    alpha: float = option(32.0, "α of the LoRA adapter, scaled by α/r", "128")
-    buffer_groups: int = option(100, "rollout groups in the buffer", "100")
-    buffer_lr: float = option(1e-3, "learning rate of AdamW with the buffer", "1e-5")
-    buffer_reward: str = option("ta=1", "rewards of the buffer, as --reward", "TA")
-    sweep: tuple = option((0.4, 0.6, 0.8, 1.0), "strengths s of the on-policy adapter", "0.4 to 1")
-    method: str = option("", "train one adapter instead of the whole recipe", choices=METHODS)
-    sample: str = option("", "stream clips of this prompt to --out (a .gif) instead")
-    samples: int = option(1, "with --sample: how many clips, side by side")
-    adapter: str = option("", "with --sample: the folder of the adapter to apply")
-    out: str = option("", "run folder [runs/DATE-TIME]; with --sample the GIF [clip.gif]")
-    resume: str = option("", "continue the run in this folder, with its settings; --steps, "
-                         "--micro, --device, --sweep and --judge-samples can be given anew")
-    base: str = option("", "weights of the base generator [assets/base.safetensors]")
-    timesteps: tuple = option((), "sampler times, falling from 1, as 1,0.5,0.25,0.1 [the base's]")
-    seed: int = option(0, "seed of training, sampling and judging")
-    device: str = option("auto", "cpu, cuda, cuda:1 ...; auto is cuda if there is one")
-    reward: str = option("ta=1,vq=1,mq=1", "weights of ta, vq, mq (text alignment, visual, motion "
-                         "quality) and of module:function, your own", "VideoAlign's, 1 each")
-    clip: str = option("", "open_clip model of ta, vq, mq: a folder, ARCH:FILE or ARCH:TAG, as "
-                       "ViT-B-32:laion2b_s34b_b79k [assets/clip]")
-    judge_prompts: str = option("held-out", "training: 24 of the training prompts, to choose "
-                                "settings on", choices=tuple(JUDGE_PROMPTS))
-    judge_samples: int = option(8, "clips per prompt in the final table")
-    judge_every: int = option(20, "iterations between points of the curve")
-
-    def __post_init__(self):
-        super().__post_init__()
-        times = (*self.timesteps, 0.0)
-        if self.timesteps and not (times[0] == 1 and all(t > s for t, s in zip(times, times[1:]))):
-            raise ValueError(f"timesteps {self.timesteps}: must fall from 1 toward 0")
-        if not all(0 < s < math.inf for s in self.sweep):
-            raise ValueError(f"sweep {self.sweep}: must be numbers above 0")
-        if self.prompts > len(TRAIN_PROMPTS):
-            raise ValueError(f"prompts {self.prompts}: must be at most {len(TRAIN_PROMPTS)}")
-
-
 CHANGEABLE = {"resume", "steps", "micro", "device", "sweep", "judge_samples"}   # with --resume
-STREAMING = {"sample", "samples", "adapter", "out", "base", "timesteps", "seed", "device"}
-WITHOUT_EFFECT = {                                                              # by --method
-    "": {"samples", "adapter"},
-    "on-policy": {"samples", "adapter", "buffer_groups", "buffer_lr", "buffer_reward", "sweep"},
-    "semi": {"samples", "adapter", "lr", "sweep"},
-    "off-policy": {"samples", "adapter", "lr", "clip_range", "sweep"}}
+WITHOUT_EFFECT = {"": "",                                                       # by --method
+                  "on-policy": "buffer_groups buffer_lr buffer_tau buffer_reward sweep",
+                  "semi": "lr tau sweep",
+                  "off-policy": "lr tau clip_range sweep"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1063,28 +1060,25 @@ def parse(arguments: list | None = None, cls: type = Settings, only: set | None 
                                 metavar=None if f.metadata["choices"] else "X",
                                 choices=f.metadata["choices"] or None)
     given = vars(parser.parse_args(arguments and [str(a) for a in arguments]))
-    for name in [name for name, value in given.items() if value == ""]:
-        raise UserError(f"{flag(name)}: must not be empty")
     for name in given.keys() & {"base", "clip"}:
         if Path(given[name]).exists():                          # for --resume from elsewhere
             given[name] = str(Path(given[name]).resolve())
     if "resume" in given:
         saved = read_record(given["resume"], cls)["settings"]
-        for name in given.keys() - CHANGEABLE:
-            if given[name] != saved[name]:
+        for name in given:
+            fewer = name == "steps" and given[name] < saved[name]
+            if fewer or name not in CHANGEABLE and given[name] != saved[name]:
                 raise UserError(f"{flag(name)} {given[name]}: the run in {given['resume']} has "
-                                f"{saved[name]!r}, which --resume cannot change; start a new run")
+                                f"{saved[name]!r}; --resume cannot change that, start a new run")
         given = saved | given
     try:
         settings = cls(**given)
     except ValueError as error:
         raise UserError(flag(str(error))) from error
-    mode = f"--method {settings.method}" if settings.method else "the recipe"
-    unused = WITHOUT_EFFECT[settings.method]
-    if settings.sample:
-        mode, unused = "--sample", {f.name for f in fields(cls)} - STREAMING
-    for name in [] if settings.resume else given.keys() & unused:
-        raise UserError(f"{flag(name)} {given[name]}: has no effect with {mode}; leave it out")
+    if not (settings.sample or settings.resume):
+        unused = {"samples", "adapter", *WITHOUT_EFFECT[settings.method].split()}
+        for name in given.keys() & unused:
+            raise UserError(f"{flag(name)} {given[name]}: has no effect here; leave it out")
     return settings
 
 
@@ -1094,16 +1088,13 @@ def choose_device(name: str) -> str:
     if name == "cuda" and "LOCAL_RANK" in os.environ:           # set by torchrun
         name += ":" + os.environ["LOCAL_RANK"]
     try:
-        if torch.device(name).type not in ("cpu", "cuda"):
-            raise RuntimeError("neither cpu nor cuda")
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: cannot be used ({error})") from error
     return name
 
 
-def load(settings: Settings,
-         scales: dict | None = None) -> tuple[Generator, Callable, Callable]:
+def load(settings: Settings, scales: dict | None = None) -> tuple[Generator, Callable, Callable]:
     """The base, the reward and the buffer's reward.
 
     Departure: each reward is standardised on the base's clips before the weighted mean is taken.
@@ -1152,10 +1143,6 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
         if record["processes"] != processes:
             raise UserError(f"--resume {folder}: start as many processes as before, "
                             f"{record['processes']}")
-        for file in folder.glob("*.checkpoint.pt"):
-            done = len(torch.load(file, map_location="cpu", weights_only=True)["rows"])
-            if done > settings.steps:
-                raise UserError(f"--steps {settings.steps}: the run has done {done} already")
     elif (folder / "settings.json").exists():
         raise UserError(f"--out {folder}: holds a run; --resume it or name another folder")
     model, reward, buffer_reward = load(settings, record["reward_scales"])
@@ -1182,8 +1169,16 @@ def run(settings: Settings) -> int:
             lr, iteration = settings.lr, lambda adapter, optimizer, rng: iterate(
                 model, adapter, optimizer, settings, TRAIN_PROMPTS, reward, rng)
         else:
-            buffer = own_buffer(folder / "buffer.pt", model, settings, buffer_reward)
-            method = replace(settings, clip_range=math.inf) if name == "off-policy" else settings
+            file = folder / "buffer.pt"
+            if file.exists():
+                buffer = torch.load(file, weights_only=True)
+            else:
+                buffer = collect_buffer(model, settings, TRAIN_PROMPTS, buffer_reward,
+                                        settings.buffer_groups, settings.seed)
+                save_whole(buffer, file)
+            method = replace(settings, tau=settings.buffer_tau)
+            if name == "off-policy":
+                method.clip_range = math.inf
             lr, iteration = settings.buffer_lr, lambda adapter, optimizer, rng: iterate_buffered(
                 model, adapter, optimizer, method, buffer, rng)
         adapters[name], new = train(name, model, settings, lr, iteration, point, folder)
@@ -1207,20 +1202,17 @@ def run(settings: Settings) -> int:
 
 @torch.no_grad()
 def stream(settings: Settings) -> int:
-    """Generate clips of a prompt chunk by chunk and write them to a GIF, side by side."""
+    """Write clips of a prompt to a GIF, side by side."""
     file = Path(settings.out or "clip.gif")
     if file.suffix != ".gif":
         raise UserError(f"--out {file}: must be the name of a .gif file")
     model = load_generator(settings.base, choose_device(settings.device), settings.timesteps)
     adapter = Adapter.load(settings.adapter, model) if settings.adapter else None
-    context = model.begin([settings.sample] * settings.samples)
-    noise, chunks = draw_noise(model, settings.samples, seeded(settings.seed, "sampling")), []
+    noise = draw_noise(model, settings.samples, seeded(settings.seed, "sampling"))
     with adapter.on(model) if adapter else nullcontext():
-        for p in progress(range(model.chunks), desc="streaming", unit="chunk"):
-            new, context = rollout(model, context, noise, p, p + 1)
-            chunks.append(new)
+        clips = sample(model, [settings.sample] * settings.samples, noise)
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_gif([model.decode(torch.cat(chunks, 1))[None]], file, scale=8)
+    save_gif([clips[None]], file, scale=8)
     print(f"wrote {file}")
     return 0
 
@@ -1228,12 +1220,11 @@ def stream(settings: Settings) -> int:
 def exit_code(error: BaseException, folder: str = "") -> int:
     """Print the one line of a user's mistake -> exit code. Raises the error if it is none."""
     message, code = str(error), 2
-    no_memory = re.search("out of memory|can't allocate|alloc_failed", message, re.IGNORECASE)
     if isinstance(error, SystemExit):
         return error.code or 0                                  # --help
     if isinstance(error, KeyboardInterrupt):
         message, code = "interrupted", 130
-    elif isinstance(error, MemoryError) or isinstance(error, RuntimeError) and no_memory:
+    elif re.search("out of memory|can't allocate|alloc_failed", message, re.IGNORECASE):
         message = f"out of memory ({message}); lower --micro, also when you resume, or --prompts"
     elif not isinstance(error, (UserError, OSError)):
         raise error

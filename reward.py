@@ -94,8 +94,8 @@ def coverage(shape: Tensor, centre: Tensor, radius: Tensor) -> Tensor:
     return (0.5 - distance[torch.arange(len(shape)), shape]).clamp(0, 1)
 
 
-def make_clips(prompts: list[str], generator: torch.Generator,
-               quality: str | None = None) -> Tensor:
+def make_clips(prompts: list[str], generator: torch.Generator, quality: str | None = None,
+               radii: tuple[float, float] = (4.0, 5.5)) -> Tensor:
     """Draw a clip of the world for each prompt: [N, FRAMES, 3, SIZE, SIZE] in [0, 1].
 
     Size, speed and start are random. Clips are of mixed quality chunk by chunk, like scraped video:
@@ -104,7 +104,7 @@ def make_clips(prompts: list[str], generator: torch.Generator,
     """
     triple, n = attributes(prompts), len(prompts)
     uniform = lambda low, high, *size: low + (high - low) * torch.rand(*size, generator=generator)
-    radius, speed = uniform(4.0, 5.5, n), uniform(0.4, 1.2, n)
+    radius, speed = uniform(*radii, n), uniform(0.4, 1.2, n)
     velocity = DIRECTIONS[triple[:, 2], None] * speed[:, None, None]    # [N, 1, 2] px a frame
     if quality is None:
         velocity = velocity * uniform(0.5, 1.5, n, CHUNKS, 1)
@@ -204,20 +204,19 @@ def judge(clips: Tensor, prompts: list[str]) -> dict[str, Tensor]:
 
 
 def evaluate(clips: Tensor, prompts: list[str], reward: Callable) -> dict[str, Tensor]:
-    """Rewards, judge and detectors of collapse, each [prompts]: means over the clips of a prompt,
-    which must be adjacent.
+    """Rewards, judge and detectors of collapse of each clip -> entries [prompts, clips of a prompt]
+    on the CPU. The clips of a prompt must be adjacent, and as many for each.
 
     judge: mean of text, visual and motion_quality, in [0, 1]. spread: standard deviation of the
-    mean positions of a prompt's clips, px; NaN for a single clip.
+    mean positions of a prompt's clips, px, the same for each; NaN for a single clip.
     """
     scores = reward(clips, prompts) | judge(clips, prompts)
-    per_prompt = len(prompts) // len(set(prompts))
-    scores = {name: value.float().cpu().view(-1, per_prompt) for name, value in scores.items()}
-    variance = scores.pop("x").var(1, correction=0) + scores.pop("y").var(1, correction=0)
-    spread = variance.sqrt() if per_prompt > 1 else torch.full_like(variance, math.nan)
-    scores = {name: value.mean(1) for name, value in scores.items()}
-    total = (scores["text"] + scores["visual"] + scores["motion_quality"]) / 3
-    return scores | {"judge": total, "spread": spread}
+    scores["judge"] = (scores["text"] + scores["visual"] + scores["motion_quality"]) / 3
+    count = len(prompts) // len(set(prompts))
+    scores = {name: value.float().cpu().view(-1, count) for name, value in scores.items()}
+    variance = sum(scores.pop(axis).var(1, correction=0, keepdim=True) for axis in "xy")
+    spread = variance.sqrt() if count > 1 else torch.full_like(variance, math.nan)
+    return scores | {"spread": spread.expand(-1, count)}
 
 
 # ------------------------------------------------------------------ rewards

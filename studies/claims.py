@@ -160,7 +160,7 @@ def execute(out: Path, run: str, line: str, seed: int, extra: list[str]) -> None
         rows = summary(read(folder / f"{training}.csv"))
         append_row(out / "training.csv", about | {"training": training} | rows)
         for row in read(file):
-            point = {name: row[name] for name in columns}
+            point = {name: row[name] for name in columns if name in row}
             append_row(out / "curves.csv",
                        about | {"training": training, "step": row["step"]} | point)
     for row in judged:                              # last: done() looks here

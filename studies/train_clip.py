@@ -26,6 +26,9 @@ CLIP_CONFIG = {
     "preprocess_cfg": {"mean": [0.1] * 3, "std": [0.25] * 3}}
 
 
+RADII = 3.0, 8.0        # px; wider than in the world (4 to 5.5)
+
+
 def muon_and_adamw(model: torch.nn.Module, hidden: list[Tensor]) -> list[torch.optim.Optimizer]:
     """Muon for the hidden matrices, AdamW for the rest."""
     chosen = {id(p) for p in hidden}
@@ -81,7 +84,7 @@ def train_clip(out: Path, steps: int, seed: int) -> None:
             drawn = [prompt_of(c, s, motions[c][s]) for c in range(len(COLOURS))
                      for s in range(len(SHAPES))]
             prompts = [prompt for prompt in drawn if prompt in TRAIN_PROMPTS]
-            clips = make_clips(prompts, generator, kind)
+            clips = make_clips(prompts, generator, kind, RADII)
             frame = torch.randint(FRAMES, (len(clips),), generator=generator)
             frames.append(clips[torch.arange(len(clips)), frame])
             captions += [worded(p, kind) if kind else p for p in prompts]
