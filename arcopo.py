@@ -969,25 +969,34 @@ def save_gif(blocks: list[Tensor], file: str | Path, scale: int = 4) -> None:
     iio.imwrite(file, torch.cat(parts[:-1], 2).numpy(), extension=".gif", duration=150, loop=0)
 
 
-def write_report(folder: Path, settings: Settings, clips: dict[str, Tensor],
-                 scores: dict[str, dict[str, Tensor]], seconds: float, chosen: str = "") -> None:
-    """Write judged.csv, models.gif and report.md, which is also printed, from what judge_all
-    returns. chosen: the model in merged/."""
-    rows = []
-    right = scores["base"]["all_right"] == 1
-    report = ("| model       | Δ reward        | Δ judge         | all right | mended | spoiled "
-              "| area |\n| ----------- | --------------- | --------------- | --------- | ------ "
-              "| ------- | ---- |\n")
+def judged_rows(scores: dict[str, dict[str, Tensor]]) -> list[dict]:
+    """A row for each model from what judge_all returns: means; changes from the base ± standard
+    error over prompts; mended: share of the base's wrong clips that are all right with this model;
+    spoiled: share of the base's right clips that are not."""
+    rows, base = [], scores["base"]
+    right = base["all_right"] == 1
     for name, own in scores.items():
         row = {"model": name} | {column: x.mean().item() for column, x in own.items()}
         for column in ("reward", "judge"):
-            change = (own[column] - scores["base"][column]).mean(1)
+            change = (own[column] - base[column]).mean(1)
             row[f"Δ {column}"] = change.mean().item()
             row[f"± {column}"] = change.std().item() / len(change) ** 0.5
         row["mended"] = own["all_right"][~right].mean().item()
         row["spoiled"] = 1 - own["all_right"][right].mean().item()
         rows.append(row)
-        report += (f"| {name + ' *' * (name == chosen):11} "
+    return rows
+
+
+def write_report(folder: Path, settings: Settings, clips: dict[str, Tensor],
+                 scores: dict[str, dict[str, Tensor]], seconds: float, chosen: str = "") -> None:
+    """Write judged.csv, models.gif and report.md, which is also printed, from what judge_all
+    returns. chosen: the model in merged/."""
+    rows = judged_rows(scores)
+    report = ("| model       | Δ reward        | Δ judge         | all right | mended | spoiled "
+              "| area |\n| ----------- | --------------- | --------------- | --------- | ------ "
+              "| ------- | ---- |\n")
+    for row in rows:
+        report += (f"| {row['model'] + ' *' * (row['model'] == chosen):11} "
                    f"| {row['Δ reward']:+7.3f} ± {row['± reward']:.3f} "
                    f"| {row['Δ judge']:+7.3f} ± {row['± judge']:.3f} "
                    f"| {row['all_right']:9.2f} | {row['mended']:6.0%} | {row['spoiled']:7.0%} "
@@ -1066,8 +1075,7 @@ def parse(arguments: list | None = None, cls: type = Settings, only: set | None 
     if "resume" in given:
         saved = read_record(given["resume"], cls)["settings"]
         for name in given:
-            fewer = name == "steps" and given[name] < saved[name]
-            if fewer or name not in CHANGEABLE and given[name] != saved[name]:
+            if name not in CHANGEABLE and given[name] != saved[name]:
                 raise UserError(f"{flag(name)} {given[name]}: the run in {given['resume']} has "
                                 f"{saved[name]!r}; --resume cannot change that, start a new run")
         given = saved | given
@@ -1143,6 +1151,10 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
         if record["processes"] != processes:
             raise UserError(f"--resume {folder}: start as many processes as before, "
                             f"{record['processes']}")
+        for file in folder.glob("*.checkpoint.pt"):
+            done = len(torch.load(file, map_location="cpu", weights_only=True)["rows"])
+            if done > settings.steps:
+                raise UserError(f"--steps {settings.steps}: the run has done {done} already")
     elif (folder / "settings.json").exists():
         raise UserError(f"--out {folder}: holds a run; --resume it or name another folder")
     model, reward, buffer_reward = load(settings, record["reward_scales"])

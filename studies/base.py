@@ -1,26 +1,31 @@
-"""The world and the base before training: python -m studies.base
+"""The generator before alignment: python -m studies.base --base assets/base.safetensors
 
-Writes base.csv, a row for each subject and measure. The judge's scores of sharp clips of the world
-and of the base's training clips, four of each prompt. At each pivot, for a group of branches of
-each held-out prompt: the deviation of the reward in a group, and correlations between branches of
-a group, pooled over groups.
+Writes base.csv, a row for each subject and measure. Subject "clips": what is wrong with the clips
+of held-out prompts (the command's --judge-samples of each), and the AUC with which TA tells the
+right clips from the wrong ones. Subject "pivot p": groups of branches of each held-out prompt that
+differ in the initial noise of chunk p.
 """
 
 import sys
 import time
-from itertools import starmap
 from pathlib import Path
 
 import torch
 from torch import Tensor
-
 from tqdm import tqdm
 
-from arcopo import branch_noise, draw_noise, exit_code, fork, load, parse, seeded, write_csv
-from reward import BACKGROUND, HELD_OUT_PROMPTS, TRAIN_PROMPTS, judge, make_clips
+from arcopo import (Settings, branch_noise, draw_noise, exit_code, fork, load, parse,
+                    sample_batches, seeded, write_csv)
+from reward import BACKGROUND, HELD_OUT_PROMPTS, JUDGE_PROMPTS, judge
 
-USED = {"out", "base", "timesteps", "seed", "device", "reward", "clip", "sigma"}
-SCORES = "all_right", "visual", "motion_quality"
+USED = set("out base timesteps seed device reward clip sigma group judge_prompts judge_samples"
+           .split())
+ATTRIBUTES = "colour", "shape", "direction"
+
+
+def auc(right: Tensor, wrong: Tensor) -> float:
+    """Probability that a value of `right` is above one of `wrong`; NaN if either is empty."""
+    return (right[:, None] > wrong).float().mean().item()
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
@@ -29,51 +34,66 @@ def correlation(x: Tensor, y: Tensor) -> float:
     return ((x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()).item()
 
 
-def partial_correlation(x: Tensor, y: Tensor, fixed: Tensor) -> float:
-    """As correlation, with the linear effect of a third quantity removed from both."""
-    xy, xz, yz = starmap(correlation, ((x, y), (x, fixed), (y, fixed)))
-    return (xy - xz * yz) / ((1 - xz**2) * (1 - yz**2)) ** 0.5
-
-
 def brightness(clips: Tensor) -> Tensor:
-    """Of the 24 brightest pixels, the mean over frames: [..., F, 3, H, W] -> [...]."""
-    signal = (clips.cpu() - BACKGROUND[:, None, None]).amax(-3).flatten(-2)
-    return signal.topk(24).values.mean((-1, -2))
+    """Mean over frames of the 24 brightest pixels: [N, F, 3, H, W] -> [N]."""
+    signal = (clips.cpu() - BACKGROUND[:, None, None]).amax(2).flatten(2)
+    return signal.topk(24).values.mean((1, 2))
 
 
 def random_reward(clips: Tensor, prompts: list[str]) -> Tensor:
-    """For arcopo.py --reward studies.base:random_reward=1: noise, the same for the same clips."""
+    """For --reward studies.base:random_reward=1: noise, the same for the same clips."""
     return torch.randn(len(clips), generator=seeded(0, "reward", clips.sum().item()))
 
 
-def study(settings) -> int:
+def errors(model, reward, settings: Settings) -> dict[str, float]:
+    """Of clips of the judging's prompts: shares, scores of the right clips, and AUC of TA."""
+    prompts = [p for p in JUDGE_PROMPTS[settings.judge_prompts]
+               for _ in range(settings.judge_samples)]
+    clips = sample_batches(model, prompts, seeded(settings.seed, "judging"), settings.micro)
+    scores = {name: x.cpu() for name, x in judge(clips, prompts).items()}
+    ta, right = reward(clips, prompts)["ta"].cpu(), scores["all_right"] == 1
+    empty = sum(scores[name] for name in ATTRIBUTES) == 0
+    found = {"all right": right.float().mean().item(), "empty": empty.float().mean().item()}
+    for name in ATTRIBUTES:
+        wrong = (scores[name] == 0) & ~empty
+        found[f"wrong {name}"] = wrong.float().mean().item()
+        found[f"AUC of TA, {name}"] = auc(ta[right], ta[wrong])
+    for name in ("visual", "motion_quality", "area"):
+        found[f"{name} of right clips"] = scores[name][right].mean().item()
+    return found
+
+
+def groups(model, reward, settings: Settings, pivot: int) -> dict[str, float]:
+    """Of groups that fork at the pivot."""
+    P, G, rng = len(HELD_OUT_PROMPTS), settings.group, seeded(settings.seed, "study", pivot)
+    noise = draw_noise(model, P, rng)
+    own = branch_noise(noise, pivot, settings.sigma, G, rng)
+    clips = fork(model, HELD_OUT_PROMPTS, pivot, noise, *own)[1].flatten(0, 1)
+    prompts = [prompt for prompt in HELD_OUT_PROMPTS for _ in range(G)]
+    values = reward(clips, prompts) | judge(clips, prompts) | {"light": brightness(clips)}
+    values = {name: x.view(P, G).cpu() for name, x in values.items()}
+    matching = values["colour"] * values["shape"]
+    mixed = (matching.amin(1) == 0) & (matching.amax(1) == 1)
+    found = {"groups with right and wrong colour or shape": mixed.float().mean().item()}
+    for name in ("ta", "vq", "mq", "reward"):
+        found[f"deviation of {name}"] = values[name].std(1, correction=0).mean().item()
+        for other in ("area", "light"):
+            found[f"{name} and {other}"] = correlation(values[name], values[other])
+    return found | {"area and light": correlation(values["area"], values["light"])}
+
+
+def study(settings: Settings) -> int:
     folder = Path(settings.out or time.strftime("runs/base-%Y%m%d-%H%M%S"))
     model, reward, _ = load(settings)
     folder.mkdir(parents=True, exist_ok=True)
-    found, P, G = {}, len(HELD_OUT_PROMPTS), settings.group
-    for name, quality in (("sharp clips", "sharp"), ("training clips", None)):
-        prompts = 4 * TRAIN_PROMPTS
-        scores = judge(make_clips(prompts, seeded(settings.seed, "study", name), quality), prompts)
-        found[name] = {measure: scores[measure].mean().item() for measure in SCORES}
-    prompts = [prompt for prompt in HELD_OUT_PROMPTS for _ in range(G)]
+    found = {"clips": errors(model, reward, settings)}
     for pivot in tqdm(range(model.chunks), "base", unit="pivot"):
-        rng = seeded(settings.seed, "study", pivot)
-        noise = draw_noise(model, P, rng)
-        own = branch_noise(noise, pivot, settings.sigma, G, rng)
-        clips = fork(model, HELD_OUT_PROMPTS, pivot, noise, *own)[1]
-        flat = clips.flatten(0, 1)
-        scores = {name: x.view(P, G).cpu() for name, x in reward(flat, prompts).items()}
-        area, light = judge(flat, prompts)["area"].view(P, G).cpu(), brightness(clips)
-        row = {"deviation": scores["reward"].std(1, correction=0).mean().item()}
-        row |= {f"{name} and area": correlation(x, area) for name, x in scores.items()}
-        fixed = partial_correlation(scores["reward"], area, light)
-        row["reward and area, brightness fixed"] = fixed
-        found[f"pivot {pivot + 1}"] = row
+        found[f"pivot {pivot + 1}"] = groups(model, reward, settings, pivot)
     rows = [{"subject": subject, "measure": measure, "value": value}
             for subject, values in found.items() for measure, value in values.items()]
     write_csv(folder / "base.csv", rows)
     for row in rows:
-        print(f"{row['subject']:<16}{row['measure']:<36}{row['value']:>9.4f}")
+        print(f"{row['subject']:<9}{row['measure']:<45}{row['value']:>9.4f}")
     print(f"wrote {folder}/base.csv")
     return 0
 

@@ -1,23 +1,41 @@
 """The tables of README.md and EVIDENCE.md, from the CSVs here: python -m studies.tables
 
 Writes each table or number between its two comments, <!-- NAME --> and <!-- end -->. --check only
-compares. ± is the standard deviation over seeds; a change is from the base of the same seed.
+compares. ± is the standard deviation over seeds; Δ is the change from the base of the same seed.
 """
 
 import re
 import sys
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 from arcopo import Parser, exit_code
 from reward import UserError
-from studies.base import SCORES
-from studies.claims import PRETRAIN, TUNING, read
-from studies.cost import by_seed, markdown, report, spread
-from studies.pretrain import COUNTS
+from studies.claims import RUNS, read
 
 HERE = Path(__file__).resolve().parent
 FILES = HERE.parent / "README.md", HERE / "EVIDENCE.md"
+DIGITS = {"reward": 2, "judge": 3, "ta": 3, "vq": 2, "mq": 3, "all_right": 2, "visual": 2,
+          "motion_quality": 2, "text": 3, "direction": 2, "area": 0, "spread": 1}
+TITLES = {"ta": "TA", "vq": "VQ", "mq": "MQ", "all_right": "all right", "area": "area, px²",
+          "motion_quality": "motion"}
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A Markdown table with aligned columns; the first row is the header."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
+
+
+def spread(values: list[float], digits: int, sign: str = "") -> str:
+    """Mean ± standard deviation; a single value alone."""
+    text = f"{mean(values):{sign}.{digits}f}"
+    return text + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def percent(values: list[float]) -> str:
+    return spread([100 * value for value in values], 0) + " %"
 
 
 def rows_of(file: str, **wanted: str) -> list[dict]:
@@ -28,53 +46,198 @@ def rows_of(file: str, **wanted: str) -> list[dict]:
     return found
 
 
-def column(rows: list[dict], name: str) -> dict[str, float]:
-    """{seed: value}"""
-    return {row["seed"]: float(row[name]) for row in rows}
+def values(rows: list[dict], column: str) -> list[float]:
+    return [float(row[column]) for row in rows]
 
 
-def change(rows: list[dict], base: list[dict], name: str, digits: int = 2) -> str:
-    """Mean change of a column from the base of the same seed."""
-    start = column(base, name)
-    return spread([value - start[seed] for seed, value in column(rows, name).items()], digits, "+")
+def changes(rows: list[dict], base: list[dict], column: str) -> list[float]:
+    """From the base of the same seed."""
+    start = {row["seed"]: float(row[column]) for row in base}
+    return [float(row[column]) - start[row["seed"]] for row in rows]
 
 
-def models(run: str) -> list[str]:
-    return list(dict.fromkeys(row["model"] for row in rows_of("results.csv", run=run)))
+def trained(labels: dict[str, tuple], columns: tuple) -> str:
+    """{label: (run, model)} -> a table of changes, a row for each."""
+    table = [["", "seeds", *(f"Δ {TITLES.get(c, c)}" for c in columns), "mended", "spoiled"]]
+    for label, (run, model) in labels.items():
+        rows = rows_of("results.csv", run=run, model=model)
+        base = rows_of("results.csv", run=run, model="base")
+        cells = [spread(changes(rows, base, c), DIGITS[c], "+") for c in columns]
+        cells += [percent(values(rows, c)) for c in ("mended", "spoiled")]
+        table.append([label, str(len(rows)), *cells])
+    return markdown(table)
+
+
+SHOWN = {"base": "base", "semi": "semi-on-policy (s = 0)", "s = 0.4": "merged, s = 0.4",
+         "s = 0.8": "merged, s = 0.8", "s = 1": "merged, s = 1", "on-policy": "on-policy",
+         "on-policy x 0.8": "on-policy x 0.8"}
+
+
+def table_of(models: dict[str, str], columns: tuple) -> str:
+    """{model of the recipe: label} -> a table of scores."""
+    table = [["", *(TITLES.get(c, c) for c in columns), "mended", "spoiled"]]
+    for model, label in models.items():
+        rows = rows_of("results.csv", run="recipe", model=model)
+        cells = [spread(values(rows, c), DIGITS[c]) for c in columns]
+        cells += [percent(values(rows, c)) if model != "base" else ""
+                  for c in ("mended", "spoiled")]
+        table.append([label, *cells])
+    return markdown(table)
 
 
 def readme() -> str:
     """The main table."""
-    shown = {"base": "base", "semi": "semi-on-policy (s = 0)", "s = 0.4": "merged, s = 0.4",
-             "s = 0.6": "merged, s = 0.6", "s = 0.8": "merged, s = 0.8", "s = 1": "merged, s = 1",
-             "on-policy": "on-policy"}
-    table = [["", "reward", "TA", "judge", "all right", "area, px²"]]
-    for model, label in shown.items():
-        rows = rows_of("results.csv", run="recipe", model=model)
-        table.append([label, *(spread(list(column(rows, name).values()), digits) for name, digits in
-                               (("reward", 2), ("ta", 3), ("judge", 3), ("all_right", 2),
-                                ("area", 0)))])
-    return markdown(table)
+    return table_of(SHOWN, ("reward", "judge", "all_right", "area"))
+
+
+def recipe() -> str:
+    """C3 and C6: Tables 1 and 3 of the paper, and the control."""
+    models = dict.fromkeys(row["model"] for row in rows_of("results.csv", run="recipe"))
+    return table_of({m: m for m in models}, ("reward", "ta", "judge", "all_right", "area"))
 
 
 def bases() -> str:
     """The generators before alignment."""
-    table = [["", "all right", "visual", "motion quality", "judge", "area, px²"]]
-    runs = {"teacher": "flow", "base": "recipe", "base, distilled times":
-            "equal rows, distilled times", "second base": "second base"}
-    for label, run in runs.items():
-        rows = rows_of("results.csv", run=run, model="base")
-        table.append([label, *(spread(list(column(rows, name).values()), digits) for name, digits in
-                               (("all_right", 2), ("visual", 2), ("motion_quality", 2),
-                                ("judge", 3), ("area", 0)))])
+    measures = ("all right", "empty", "wrong colour", "wrong shape", "wrong direction",
+                "visual of right clips", "motion_quality of right clips")
+    table = [["", *(m.replace(" of right clips", "").replace("_quality", "") for m in measures)]]
+    for row in dict.fromkeys(run.command for run in RUNS if run.name == "base"):
+        label = row.rpartition("/")[2].partition(".")[0] if "--base" in row else "base"
+        table.append([label.replace("-", " "), *(
+            spread(values(rows_of("base.csv", command=row, subject="clips", measure=m), "value"), 2)
+            for m in measures)])
     return markdown(table)
 
 
+def base_by_pivot(measures: dict[str, str]) -> str:
+    """{measure of base.csv: label} -> a table by pivot, of the base."""
+    table = [["", *(f"pivot {p}" for p in range(1, 5))]]
+    for measure, label in measures.items():
+        rows = [rows_of("base.csv", command="python -m studies.base --seed S", measure=measure,
+                        subject=f"pivot {p}") for p in range(1, 5)]
+        table.append([label, *(spread(values(r, "value"), 2) for r in rows)])
+    return markdown(table)
+
+
+def pivots() -> str:
+    """The base's groups of branches."""
+    names = {"groups with right and wrong colour or shape": "groups with right and wrong clips"}
+    names |= {f"deviation of {r}": f"deviation of {r.upper()}" for r in ("ta", "vq")}
+    names |= {f"{r} and {x}": f"{r.upper()} and {x}" for r in ("ta", "vq", "mq")
+              for x in ("light", "area")}
+    return base_by_pivot(names | {"area and light": "area and light"})
+
+
+def auc() -> str:
+    """Of TA, right clips of the base over clips with one attribute wrong."""
+    found = []
+    for name in ("colour", "shape", "direction"):
+        rows = rows_of("base.csv", command="python -m studies.base --seed S",
+                       measure=f"AUC of TA, {name}")
+        found.append(f"{spread(values(rows, 'value'), 2)} ({name})")
+    return ", ".join(found)
+
+
+def entropy() -> str:
+    """C1: deviation of the pivot chunk by the initial noise, over that by the solver noise."""
+    table = [["sampler times", "solver noise", *(f"pivot {p}" for p in range(1, 5))]]
+    for line in dict.fromkeys(row["command"] for row in rows_of("entropy.csv")):
+        times = line.partition("--timesteps ")[2] or "1,0.1,0.05,0.02 (shipped)"
+        for i in (1, 2, 3):
+            cells = []
+            for p in range(1, 5):
+                found = lambda source, p=p: rows_of("entropy.csv", command=line, source=source,
+                                                    pivot=str(p))
+                pairs = zip(values(found("initial noise"), "pivot_chunk"),
+                            values(found(f"solver noise {i}"), "pivot_chunk"))
+                cells.append(spread([a / b for a, b in pairs], 1))
+            table.append([times if i == 1 else "", str(i), *cells])
+    return markdown(table)
+
+
+def baseline() -> str:
+    """C2."""
+    names = [(f"{method}{times}", model) for times in ("", ", distilled times")
+             for method, model in (("AR-CoPO", "on-policy"), ("SDE-GRPO", "sde-grpo"))]
+    return trained({run: (run, model) for run, model in names},
+                   ("reward", "judge", "all_right", "area"))
+
+
+TEXT_ALONE = {"semi": ("semi", "semi"), "semi, wide clip": ("semi, wide clip", "semi"),
+              "on-policy": ("TA alone", "on-policy"),
+              "on-policy, twice the rate": ("TA alone, twice the rate", "on-policy"),
+              "off-policy": ("off-policy", "off-policy")}
+
+
+def text_alone() -> str:
+    """C4, C5."""
+    return trained(TEXT_ALONE, ("ta", "judge", "direction", "area"))
+
+
+def at_equal_ta() -> str:
+    """C4: the first point of each curve at which TA has gained 0.02."""
+    columns = "judge", "direction", "visual", "area"
+    table = [["", "seeds that reach it", "iteration", *(f"Δ {TITLES.get(c, c)}" for c in columns)]]
+    for label, (run, training) in TEXT_ALONE.items():
+        seeds, found = {}, []
+        for row in rows_of("curves.csv", run=run, training=training):
+            seeds.setdefault(row["seed"], []).append(row)
+        for rows in seeds.values():
+            start = float(rows[0]["ta"])
+            found += [(rows[0], row) for row in rows if float(row["ta"]) >= start + 0.02][:1]
+        cells = [""] * (1 + len(columns))
+        if found:
+            cells = [spread([float(row["step"]) for _, row in found], 0)]
+            cells += [spread([float(row[c]) - float(first[c]) for first, row in found],
+                             DIGITS[c], "+") for c in columns]
+        table.append([label, f"{len(found)} of {len(seeds)}", *cells])
+    return markdown(table)
+
+
+def others() -> str:
+    """C7."""
+    return trained({name: (name, "on-policy") for name in ("flow matching", "right captions")},
+                   ("reward", "judge", "all_right", "area"))
+
+
+def cost() -> str:
+    """C8: ratios of seconds, and of what counting predicts."""
+    runs = {}
+    for row in rows_of("cost.csv"):
+        runs.setdefault(row["seed"], {})[row["part"]] = row
+    fork, update = ([f"{part} {p}" for p in range(1, 5)] for part in ("fork", "update"))
+    pairs = {
+        "fork, mean over pivots / independent rollouts": (fork, ["independent rollouts"] * 4),
+        "update of the pivot / of all branches and chunks":
+            (update, ["update, all anchors and chunks"] * 4),
+        "cached rollouts / uncached": (["independent rollouts"], ["uncached rollouts"]),
+        "update, 4 anchors / all 12": (update, ["update, all anchors"] * 4),
+        "SDE-GRPO's update / AR-CoPO's": (["SDE-GRPO, update"] * 4, update)}
+    table = [["ratio", "measured", "counted"]]
+    for label, (above, below) in pairs.items():
+        total = lambda run, parts, name: sum(float(run[part][name]) for part in parts)
+        measured, counted = ([total(run, above, name) / total(run, below, name)
+                              for run in runs.values()] for name in ("seconds", "counted"))
+        table.append([label, spread(measured, 2), f"{counted[0]:.2f}"])
+    share = [float(run["matrix products of fork 1 and update 1"]["seconds"])
+             / (float(run["fork 1"]["seconds"]) + float(run["update 1"]["seconds"]))
+             for run in runs.values()]
+    table.append(["their matrix products alone / fork 1 and update 1", spread(share, 2), ""])
+    return markdown(table)
+
+
+def settings() -> str:
+    """One setting changed at a time."""
+    names = [run.name for run in RUNS if run.claims == "settings"]
+    return trained({f"`{name}`" if name else "the defaults": (name, "on-policy")
+                    for name in names}, ("reward", "judge", "area"))
+
+
 def durations() -> str:
-    """What the commands of the README take, on a CPU and on a GPU."""
-    rows = [row for row in rows_of("durations.csv") if row["unit"] != "seconds a step"]
+    """What the commands of the README take."""
+    rows = rows_of("durations.csv")
     devices = list(dict.fromkeys(row["device"] for row in rows))
-    table = [["what", *devices]]
+    table = [["", *devices]]
     for what in dict.fromkeys(row["what"] for row in rows):
         cells = dict.fromkeys(devices, "")
         for row in rows:
@@ -85,240 +248,8 @@ def durations() -> str:
     return markdown(table)
 
 
-def pretraining() -> str:
-    """What pre-training takes, from the seconds of a step."""
-    table = [["", "steps, teacher", "steps, student", "minutes in fp32", "minutes in bf16"]]
-    shipped = [COUNTS[f"{stage}_steps"][0] for stage in ("teacher", "student")]
-    second = [int(n) for n in re.findall(r"-steps (\d+)", PRETRAIN)]
-    for label, steps in (("base", shipped), ("second base", second)):
-        seconds = [sum(n * float(rows_of("durations.csv", what=f"{stage}, {p}")[0]["value"])
-                       for stage, n in zip(("teacher", "student"), steps))
-                   for p in ("fp32", "bf16")]
-        table.append([label, *(f"{n:,}" for n in steps), *(f"{s / 60:.0f}" for s in seconds)])
-    return markdown(table)
-
-
-def measured(subject: str, measure: str) -> list[float]:
-    """Of studies.base, a value for each seed."""
-    return list(column(rows_of("base.csv", subject=subject, measure=measure), "value").values())
-
-
-def world() -> str:
-    """Clips of the world under the judge's rules."""
-    table = [["", *(name.replace("_", " ") for name in SCORES)]]
-    for subject in ("sharp clips", "training clips"):
-        table.append([subject, *(spread(measured(subject, name), 2) for name in SCORES)])
-    return markdown(table)
-
-
-def pivots() -> str:
-    """The base's groups of branches by pivot."""
-    subjects = [f"pivot {p}" for p in range(1, 5)]
-    table = [["", *subjects]]
-    for label, measure in (("deviation of the reward", "deviation"), ("VQ and area", "vq and area"),
-                           ("TA and area", "ta and area"), ("MQ and area", "mq and area"),
-                           ("reward and area", "reward and area"),
-                           ("reward and area, brightness fixed",) * 2):
-        table.append([label, *(spread(measured(subject, measure), 2) for subject in subjects)])
-    return markdown(table)
-
-
-def area() -> str:
-    """Which reward changes the area."""
-    names = {"TA, VQ and MQ": ("factors", "on-policy"),
-             "VQ alone": ("area, VQ alone", "on-policy"),
-             "random": ("area, random reward", "on-policy")}
-    header = ["reward", "seeds", "Δ reward", "Δ judge", "Δ VQ", "Δ area"]
-    return markdown([header, *trained(names, (("vq", 2), ("area", 1)))])
-
-
-def recipe() -> str:
-    """C3 and C6: Tables 1 and 3 of the paper."""
-    names = {"reward": 2, "judge": 3, "ta": 3, "vq": 2, "mq": 3, "area": 0, "spread": 1}
-    table = [["", *names]]
-    for model in models("recipe"):
-        rows = rows_of("results.csv", run="recipe", model=model)
-        table.append([model, *(spread(list(column(rows, n).values()), d)
-                               for n, d in names.items())])
-    return markdown(table)
-
-
-SHIPPED, DISTILLED = "1,0.1,0.05,0.02 (shipped)", "1,0.5,0.25,0.1"
-
-
-def noise_ratios() -> dict[tuple, list[float]]:
-    """C1: {(times, solver noise, pivot): deviation of the pivot chunk by the initial noise over
-    that by this solver noise, for each seed}."""
-    found = {}
-    for line in dict.fromkeys(row["command"] for row in rows_of("entropy.csv")):
-        for p in range(1, 5):
-            find = lambda source: column(rows_of("entropy.csv", command=line, source=source,
-                                                 pivot=str(p)), "pivot_chunk")
-            initial = find("initial noise")
-            for i in (1, 2, 3):
-                found[line.partition("--timesteps ")[2] or SHIPPED, i, p] = [
-                    initial[seed] / value for seed, value in find(f"solver noise {i}").items()]
-    return found
-
-
-def entropy() -> str:
-    """C1."""
-    ratios = noise_ratios()
-    table = [["sampler's times", "solver noise", *(f"pivot {p}" for p in range(1, 5))]]
-    for times in dict.fromkeys(times for times, *_ in ratios):
-        for i in (1, 2, 3):
-            table.append([times if i == 1 else "", str(i),
-                          *(spread(ratios[times, i, p], 1) for p in range(1, 5))])
-    return markdown(table)
-
-
-def least_ratio() -> str:
-    """C1: the smallest ratio of any seed at the shipped times, rounded down."""
-    return str(int(min(min(x) for (times, *_), x in noise_ratios().items() if times == SHIPPED)))
-
-
-def distilled_ratios() -> str:
-    """C1: the ratios to the first solver noise at the times of the distillation."""
-    found = [mean(x) for (times, i, _), x in noise_ratios().items() if (times, i) == (DISTILLED, 1)]
-    return f"{min(found):.0f} to {max(found):.0f}"
-
-
-def first_text() -> str:
-    """C4: the judge's text of the base."""
-    return f"{mean(column(rows_of('results.csv', run='ta', model='base'), 'text').values()):.2f}"
-
-
-def trained(names: dict[str, tuple], more: tuple = ()) -> list[list[str]]:
-    """{label: (run, model)} -> label, seeds and changes of the final table, a row for each."""
-    table = []
-    for label, (name, model) in names.items():
-        rows = rows_of("results.csv", run=name, model=model)
-        base = rows_of("results.csv", run=name, model="base", command=rows[0]["command"])
-        cells = [change(rows, base, "reward"), change(rows, base, "judge", 3)]
-        cells += [change(rows, base, n, d) for n, d in more]
-        table.append([label, str(len(rows)), *cells])
-    return table
-
-
-def training(run: str, model: str, name: str, digits: int) -> str:
-    return spread(list(column(rows_of("training.csv", run=run, training=model), name).values()),
-                  digits)
-
-
-def baseline() -> str:
-    """C2."""
-    names = {f"{method}{label}": (f"equal rows{run}", model)
-             for label, run in ((", shipped", ""), (", best", ", best"), (", noisy", ", noisy"),
-                                (", distilled times",) * 2, (", distilled times, 2e-4",) * 2)
-             for method, model in (("AR-CoPO", "on-policy"), ("SDE-GRPO", "sde-grpo"))}
-    names |= {f"AR-CoPO, {label}": (run, "on-policy") for label, run in
-              (("distilled times, 4e-4", "equal rows, distilled times, 4e-4"),
-               ("36 rows, shipped", "36 rows"), ("36 rows, best", "36 rows, best"))}
-    table = [["", "seeds", "Δ reward", "Δ judge", "Δ TA", "Δ area", "training reward", "deviation",
-              "flat groups", "clipped"]]
-    for row, pair in zip(trained(names, (("ta", 3), ("area", 0))), names.values()):
-        table.append([*row, *(training(*pair, name, digits) for name, digits in
-                              (("last_reward", 2), ("deviation", 3), ("flat_groups", 2),
-                               ("clip_fraction", 2)))])
-    return markdown(table)
-
-
-TA_ALONE = {"semi": ("ta", "semi"), "semi, lr 4e-4": ("ta at 4e-4", "semi"),
-            "on-policy": ("ta", "on-policy"), "on-policy, lr 4e-4": ("ta at 4e-4", "on-policy"),
-            "off-policy, lr 4e-4": ("ta at 4e-4", "off-policy")}
-
-
-def at_equal_ta() -> str:
-    """C4: the first point of each curve at which TA has gained as much as semi."""
-    columns = {"ta": 3, "text": 3, "visual": 3, "motion_quality": 3, "judge": 3, "displacement": 1}
-    table = [["", "TA gain", "seeds", "iteration",
-              *(f"Δ {name.replace('_', ' ')}" for name in list(columns)[1:])]]
-    curves = {label: {seed: rows_of("curves.csv", run=run, training=model, seed=seed)
-                      for seed in column(rows_of("curves.csv", run=run, training=model), "step")}
-              for label, (run, model) in TA_ALONE.items()}
-    gain = lambda rows, row, name: float(row[name]) - float(rows[0][name])
-    semi, base = (column(rows_of("results.csv", run="ta", model=model), "ta")
-                  for model in ("semi", "base"))
-    for wanted in (mean(semi[seed] - base[seed] for seed in semi), 0.01):
-        for label, seeds in curves.items():
-            found = [(rows, next((row for row in rows if gain(rows, row, "ta") >= wanted), None))
-                     for rows in seeds.values()]
-            found = [pair for pair in found if pair[1]]
-            if found:
-                cells = [spread([float(row["step"]) for _, row in found], 0)]
-                cells += [spread([gain(rows, row, name) for rows, row in found], digits, "+")
-                          for name, digits in list(columns.items())[1:]]
-            else:
-                cells = ["not reached", *[""] * (len(columns) - 1)]
-            table.append([label, f"{wanted:.4f}", f"{len(found)} of {len(seeds)}", *cells])
-    return markdown(table)
-
-
-def text_alone() -> str:
-    """C4, C5: the final table of training on TA alone."""
-    more = (("ta", 3), ("text", 3), ("visual", 3), ("motion_quality", 3), ("area", 0),
-            ("displacement", 1), ("spread", 1))
-    header = ["", "seeds", "Δ reward", "Δ judge", *(f"Δ {n.replace('_', ' ')}" for n, _ in more)]
-    return markdown([header, *trained(TA_ALONE, more)])
-
-
-def collapse() -> str:
-    """C5: without the clip, by seed."""
-    run = "ta at 4e-4"
-    curves = {seed: rows_of("curves.csv", run=run, training="off-policy", seed=seed)
-              for seed in column(rows_of("results.csv", run=run, model="off-policy"), "ta")}
-    table = [["", *(f"seed {seed}" for seed in curves)]]
-    for name, label in (("ta", "TA"), ("text", "text"), ("judge", "judge")):
-        before, after = (column(rows_of("results.csv", run=run, model=model), name)
-                         for model in ("base", "off-policy"))
-        kept = [f"{after[seed] / before[seed]:.0%}" for seed in curves]
-        table.append([f"{label}, share of the base's", *kept])
-    first = lambda rows: next((row["step"] for row in rows if float(rows[0]["judge"])
-                               - float(row["judge"]) > 0.05), "never")
-    table.append(["iteration at which the judge is 0.05 lower", *map(first, curves.values())])
-    return markdown(table)
-
-
-def others() -> str:
-    """C7."""
-    names = {"flow matching": ("flow", "on-policy"), "second base": ("second base", "on-policy")}
-    header = ["", "seeds", "Δ reward", "Δ judge", "Δ all right", "Δ area"]
-    return markdown([header, *trained(names, (("all_right", 2), ("area", 0)))])
-
-
-def cost() -> str:
-    """C8."""
-    return report(by_seed(rows_of("cost.csv")), 4)
-
-
-def factors() -> str:
-    """One setting changed at a time."""
-    runs = [run for run in dict.fromkeys(row["run"] for row in rows_of("results.csv"))
-            if run.startswith("factors")]
-    header = ["", "seeds", "Δ reward", "Δ judge", "Δ area", "Δ spread", "clipped"]
-    table = trained({run[8:] or "the defaults": (run, "on-policy") for run in runs},
-                    (("area", 0), ("spread", 1)))
-    clipped = [training(run, "on-policy", "clip_fraction", 2) for run in runs]
-    return markdown([header, *([*row, cell] for row, cell in zip(table, clipped))])
-
-
-def tuning() -> str:
-    """The search for settings."""
-    table = [["command", "seeds", "training reward", "Δ reward", "Δ judge", "Δ TA", "clipped"]]
-    commands = {(row["run"], row["training"]): row["command"]
-                for row in rows_of("training.csv") if row["run"].startswith("tuning")}
-    for pair, line in commands.items():
-        seeds, *cells = trained({"": pair}, (("ta", 4),))[0][1:]
-        line = line.replace("--seed S ", "").removeprefix("python ").removesuffix(f" {TUNING}")
-        table.append([f"`{line}`", seeds, training(*pair, "last_reward", 2), *cells,
-                      training(*pair, "clip_fraction", 2)])
-    return markdown(table)
-
-
-TABLES = {f.__name__: f for f in (
-    readme, durations, world, bases, pretraining, pivots, area, tuning, entropy, least_ratio,
-    distilled_ratios, baseline, recipe, text_alone, at_equal_ta, first_text, collapse, others, cost,
-    factors)}
+TABLES = {f.__name__: f for f in (readme, recipe, bases, pivots, auc, entropy, baseline, text_alone,
+                                  at_equal_ta, others, cost, settings, durations)}
 
 
 def filled(text: str) -> str:

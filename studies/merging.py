@@ -1,0 +1,38 @@
+"""The recipe with a control (C6): python -m studies.merging --seed 0 --sweep 0.4,1,1.5,2
+
+Runs the recipe of arcopo.py. Then judges the on-policy adapter alone, scaled by each s of the
+sweep, beside the merged models, and appends these rows to judged.csv.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from arcopo import (Adapter, Settings, exit_code, judge_all, judged_rows, load, merge_adapters,
+                    parse, read_record, run, write_csv)
+
+
+def study(settings: Settings) -> int:
+    folder, code = Path(settings.out), run(settings)
+    model, reward, _ = load(settings, read_record(folder)["reward_scales"])
+    on = Adapter.load(folder / "on-policy", model)
+    models = {"base": None}
+    models |= {f"on-policy x {s:g}": merge_adapters((on, s)) for s in settings.sweep if s != 1}
+    scores = judge_all(model, reward, settings, models)[1]
+    write_csv(folder / "judged.csv", judged_rows(scores)[1:], "a")
+    return code
+
+
+def main(arguments: list | None = None) -> int:
+    folder = ""
+    try:
+        settings = parse(arguments, description=__doc__.split("\n\n")[0])
+        folder = settings.resume or settings.out or time.strftime("runs/merging-%H%M%S")
+        settings.out = folder
+        return study(settings)
+    except BaseException as error:
+        return exit_code(error, folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
