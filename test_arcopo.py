@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,7 +42,7 @@ from reward import (CHUNKS, HELD_OUT_PROMPTS, QUALITIES, TRAIN_PROMPTS, ClipRewa
                     WeightedReward, evaluate, judge, make_clips)
 from examples import rewards
 from studies import base as base_study
-from studies import (claims, cost, durations, entropy, gpu, pretrain, sde_grpo, tables,
+from studies import (claims, cost, durations, entropy, merging, pretrain, sde_grpo, tables,
                      train_clip)
 
 HERE = Path(arcopo.__file__).resolve().parent
@@ -284,8 +285,8 @@ def test_the_shipped_base_is_good_and_imperfect():
     model = arcopo.load_generator()
     clips = sample(model, HELD_OUT_PROMPTS, draw_noise(model, 24, seeded(0)))
     scores = judge(clips, HELD_OUT_PROMPTS)
-    assert scores["all_right"].mean() > 0.85 and scores["motion_quality"].mean() > 0.45
-    assert 0.65 < scores["visual"].mean() < 0.8
+    assert 0.5 < scores["all_right"].mean() < 0.9 and scores["motion_quality"].mean() > 0.45
+    assert 0.6 < scores["visual"].mean() < 0.8
 
 
 # ------------------------------------------------------------------ fork, sampler
@@ -1814,31 +1815,32 @@ def test_the_entropy_study_measures_a_change_only_where_noise_is_redrawn(tmp_pat
             assert (float(row[column]) < 1e-4) == (row["source"] == "nothing"), row
 
 
-def test_the_base_study(tmp_path, quick, monkeypatch):
-    """Sharp clips score higher than training clips."""
+def test_the_base_study_counts_errors_and_orders_by_auc(tmp_path, quick, base, monkeypatch):
+    one, two = torch.tensor([0.1, 0.9]), torch.tensor([0.5, 0.2])
+    assert base_study.auc(one, two) == 0.5 and base_study.auc(one + 1, two) == 1
+    assert math.isclose(base_study.correlation(two[None], -2 * two[None]), -1)
     monkeypatch.setattr(base_study, "HELD_OUT_PROMPTS", PROMPTS)
-    monkeypatch.setattr(base_study, "TRAIN_PROMPTS", TRAIN_PROMPTS[:6])
-    model = little()
-    nn.init.normal_(model.head.weight, std=0.02)        # not so bright that decode clamps it
-    file = save_base(tmp_path / "base.safetensors", model)
-    assert base_study.main(["--base", file, *BLUE, "--out", tmp_path / "run"]) == 0
-    found = {(row["subject"], row["measure"]): float(row["value"])
+    monkeypatch.setattr(base_study, "sample_batches",
+                        lambda model, prompts, *a: make_clips(prompts, seeded(0), "sharp"))
+    names = "reward", "ta", "vq", "mq"
+    reward_of = lambda *a: dict.fromkeys(names, brightness(*a)["reward"])
+    monkeypatch.setattr(base_study, "load", lambda settings: (
+        arcopo.load_generator(base), reward_of, None))
+    assert base_study.main(["--group", 4, "--out", tmp_path / "run"]) == 0
+    found = {(row["subject"], row["measure"]): row["value"]
              for row in read(tmp_path / "run" / "base.csv")}
-    for name in base_study.SCORES[1:]:
-        assert found["sharp clips", name] > found["training clips", name]
+    assert float(found["clips", "all right"]) == 1 and float(found["clips", "empty"]) == 0
+    assert found["clips", "AUC of TA, colour"] == ""            # as no clip is wrong
     for p in range(CHUNKS):
-        deviation, *related = [x for key, x in found.items() if key[0] == f"pivot {p + 1}"]
-        assert deviation > 0 and len(related) == 4 and all(abs(x) <= 1 for x in related)
+        assert float(found[f"pivot {p + 1}", "deviation of ta"]) > 0
+        assert abs(float(found[f"pivot {p + 1}", "ta and area"])) <= 1
 
 
-def test_the_cost_study_counts_every_part(tmp_path, base, quick, capsys, monkeypatch):
+def test_the_cost_study_counts_every_part(tmp_path, base, quick, monkeypatch):
     """What it counts is the number of rows that predict gets, three times with a gradient."""
-    monkeypatch.setattr(cost, "SCALES", [("width", 8)])
     monkeypatch.setattr(cost, "ROUNDS", 1)
-    monkeypatch.setattr(cost, "counted_in", lambda call: {"operations": 1, "megabytes": 1})
     assert cost.main(["--base", base, *TINY[:10], "--updates", 1, *BLUE, "--out", tmp_path]) == 0
-    assert "| share reached" in capsys.readouterr().out
-    assert len(read(tmp_path / "cost.csv")) == 3 * CHUNKS + 7 + 2 + 2
+    assert len(read(tmp_path / "cost.csv")) == 2 * CHUNKS + 7
     model, predicted, plain = arcopo.load_generator(base), [], Generator.forward
 
     def counting(x: Tensor, t, context) -> tuple[Tensor, Tensor]:
@@ -1849,18 +1851,28 @@ def test_the_cost_study_counts_every_part(tmp_path, base, quick, capsys, monkeyp
         return x0, kv
 
     model.forward = counting
-    it = cost.Iteration(model, tiny_settings(), anchors=2)
-    parts, counted = cost.measure(it, brightness), cost.counts(model, it.method)
-    for name, call in parts.items():
+    for name, (call, count) in cost.Iteration(model, brightness, tiny_settings()).parts().items():
         predicted.clear()
         call()
-        assert sum(predicted) == counted.get(name, 0), name
+        assert sum(predicted) == count, name
+
+
+def test_merging_appends_the_scaled_adapter_to_the_recipes_table(recipe, tmp_path, monkeypatch):
+    """Its rows are those of the on-policy adapter with B times s."""
+    folder = tmp_path / "run"
+    shutil.copytree(recipe[0], folder)
+    monkeypatch.setattr(merging, "run", lambda settings: 0)
+    assert merging.main(["--resume", folder]) == 0
+    rows = {row["model"]: row for row in read(folder / "judged.csv")}
+    assert list(rows) == ["base", "semi", "s = 0.5", "on-policy", "on-policy x 0.5"]
+    moved = [float(rows[name]["Δ reward"]) for name in ("on-policy x 0.5", "on-policy")]
+    assert 0 < abs(moved[0]) < abs(moved[1])
 
 
 def test_the_durations_are_those_of_the_readmes_commands():
-    assert [" ".join(words) for words in durations.commands()] == [
-        "python arcopo.py --steps 100", "pytest",
-        "python arcopo.py --steps 2 --judge-samples 1 --buffer-groups 4"]
+    assert {what: " ".join(words) for what, words in durations.commands().items()} == {
+        "the recipe": "arcopo.py --steps 100",
+        "the smoke test": "arcopo.py --steps 2 --judge-samples 1 --buffer-groups 4"}
 
 
 def test_claims_resumes(tmp_path, base, quick, monkeypatch):
@@ -1876,8 +1888,8 @@ def test_claims_resumes(tmp_path, base, quick, monkeypatch):
     fake = SimpleNamespace(run=run, CalledProcessError=subprocess.CalledProcessError)
     monkeypatch.setattr(claims, "subprocess", fake)
     monkeypatch.setattr(claims, "RUNS", [
-        ("C1 C2", "ta", "python arcopo.py --method on-policy --seed S --steps 1"),
-        ("C9", "other", "python none.py")])
+        claims.Run("C1 C2", "ta", "python arcopo.py --method on-policy --seed S --steps 1"),
+        claims.Run("C9", "other", "python none.py")])
     line = ["C1", "--seeds", 2, "--out", out, "--extra", f"--base {base} {' '.join(BLUE)}"]
     assert claims.main(line) == 2 and claims.main(line) == 0
     assert len(calls) == 3 and calls[1] == calls[2]
@@ -1885,8 +1897,7 @@ def test_claims_resumes(tmp_path, base, quick, monkeypatch):
     assert [(row["run"], row["seed"], row["model"]) for row in rows] == [
         ("ta", seed, model) for seed in "01" for model in ("base", "on-policy")]
     assert [row["step"] for row in curves] == ["0", "1"] * 2
-    assert set(rows[0]) - {"model"} == set(curves[0]) - {"training", "step"}
-    assert [row["iterations"] for row in read(out / "training.csv")] == ["1"] * 2
+    assert {"judge", "area"} < set(curves[0]) - {"training", "step"} < set(rows[0])
     before = content(out)
     assert claims.main(line) == claims.main(["C2", *line[1:]]) == 0
     assert len(calls) == 3 and content(out) == before and claims.main(["C3"]) == 2
@@ -2002,12 +2013,3 @@ def test_aesthetic_is_laions_head_on_unit_features(tiny_clip, tmp_path):
     torch.save(weights, tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
     expected = head(unit_features(tiny_clip, clips)).view(3, 12).mean(1)
     assert torch.allclose(rewards.aesthetic(clips, PROMPTS), expected, atol=1e-5)
-
-
-def test_the_gpu_study_compares_and_times(base, monkeypatch, capsys):
-    for name, value in (("STEPS", 1), ("GROUPS", 4), ("ROUNDS", 1), ("PROMPTS", (2,))):
-        monkeypatch.setattr(gpu, name, value)
-    assert gpu.main(["--device", "cpu", "--base", base, "--group", 3, "--anchors", 2]) == 0
-    said = capsys.readouterr().out
-    assert said.count("bit-equal; after 1 iterations") == said.count("by 0e+00 of its change") == 2
-    assert "2 prompts: fork" in said

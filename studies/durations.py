@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def commands() -> dict[str, list[str]]:
     """Out of the README: {what: words}."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    recipe = re.findall(r"^python (arcopo.py --steps 100) *(?:#|$)", text, re.MULTILINE)
+    recipe = re.findall(r"&& python (arcopo.py --steps \d+)", text)
     smoke = re.findall(r"^ *python (arcopo.py --steps 2 .*?) --out", text, re.MULTILINE)
     if not (recipe and smoke):
         raise UserError("README.md: expected the recipe and the smoke test")

@@ -28,7 +28,7 @@ USED = set("""group updates prompts clip_range quasi_norm floor steps lr rank al
 @dataclass
 class SdeSettings(Settings):
     anchors: int = option(1, "without effect: all branches are replayed")
-    lr: float = option(5e-4, "learning rate of AdamW")
+    lr: float = option(2e-4, "learning rate of AdamW")
     clip_range: float = option(1.2e-5, "ε of the ratio clip; inf: none")
 
 
