@@ -43,6 +43,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -462,13 +463,15 @@ PEFT = "base_model.model."                          # before the layer's name in
 class Adapter:
     """LoRA next to linear layers: y = W x + (α/r) B A x (Hu et al. 2021); B starts at zero.
 
-    `with adapter.on(model):` applies it. weights: {layer: (A [r, in], B [out, r])}, float32
+    update and iterate need of an adapter only parameters() and on(model)
+    (examples/peft_adapter.py is peft's). weights: {layer: (A [r, in], B [out, r])}, float32
     whatever the layer's dtype. Convolutions, embeddings and norms get no LoRA.
     """
 
     def __init__(self, weights: dict[str, tuple[Tensor, Tensor]], alpha: float):
         self.weights, self.alpha = weights, alpha
         self.rank = next(iter(weights.values()))[0].shape[0]
+        self.applied = False
 
     @classmethod
     def new(cls, model: nn.Module, rank: int, alpha: float,
@@ -491,21 +494,30 @@ class Adapter:
     def on(self, model: nn.Module):
         """Inside, the model is the adapted one. Hooks add the low-rank terms to the outputs; where
         no gradient is recorded (torch.no_grad), float32 layers get merged weights instead, which is
-        faster. All is undone exactly; several adapters add up."""
-        scale = self.alpha / self.rank
+        faster. All is undone exactly; several adapters add up, one twice is a RuntimeError."""
+        if self.applied:
+            raise RuntimeError("the adapter is on already; update and iterate put it on themselves")
+        scale, dynamo = self.alpha / self.rank, sys.modules.get("torch._dynamo")
+        if dynamo and dynamo.config.skip_nnmodule_hook_guards:
+            dynamo.config.skip_nnmodule_hook_guards = False
+            dynamo.reset()              # else torch.compile would use code traced without the hooks
 
-        def add(A: Tensor, B: Tensor, layer: nn.Module, x: tuple, y: Tensor) -> Tensor:
+        def add(A: Tensor, B: Tensor, layer: nn.Module, x: tuple, given: dict, y: Tensor) -> Tensor:
+            x = x[0] if x else given["input"]
             with torch.autocast(y.device.type, enabled=False):          # in float32
-                low_rank = F.linear(F.linear(x[0].float(), A), B).to(y.dtype)
+                low_rank = F.linear(F.linear(x.float(), A), B).to(y.dtype)
                 return torch.add(y, low_rank, alpha=scale)
 
         with ExitStack() as undo:
+            undo.callback(setattr, self, "applied", False)
+            self.applied = True
             for name, (A, B) in self.weights.items():
                 layer = model.get_submodule(name)
                 own = layer._parameters
                 weight = own.get("weight")                              # None: parametrized
                 if torch.is_grad_enabled() or weight is None or weight.dtype != A.dtype:
-                    undo.enter_context(layer.register_forward_hook(partial(add, A, B)))
+                    hook = layer.register_forward_hook(partial(add, A, B), with_kwargs=True)
+                    undo.enter_context(hook)
                 else:
                     undo.callback(own.update, weight=weight)
                     own["weight"] = nn.Parameter(weight + scale * B @ A, requires_grad=False)
@@ -635,7 +647,13 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
                 J = clipped_objective(log_ratio, A, method.clip_range)
                 (-J * len(step) / len(pairs)).backward()                                   # line 9
                 log_ratios.append(log_ratio.detach())
-        gradients = [average_(p.grad) for p in adapter.parameters() if p.grad is not None]
+        reached = [p for p in adapter.parameters() if p.grad is not None]
+        if len(reached) < len(adapter.parameters()):
+            layers = getattr(adapter, "weights", {})
+            names = [name for name, (A, B) in layers.items() if B.grad is None]
+            warnings.warn(f"no gradient reaches the adapter of layers {names}: are they used without "
+                          "a call? Leave them out of its targets", stacklevel=2)
+        gradients = [average_(p.grad) for p in reached]
         norms.append(nn.utils.get_total_norm(gradients))
         ratios.append(torch.cat(log_ratios, 1).exp())
         if torch.isfinite(norms[-1]):

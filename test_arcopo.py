@@ -1106,6 +1106,67 @@ def test_adapters_are_files_that_peft_loads(tmp_path):
     assert torch.allclose(theirs.predict(x, 0.5, context), expected, atol=1e-5)
 
 
+def test_torch_compile_keeps_the_adapter():
+    """Code that was traced with the adapter off is not used with it on, whichever was first."""
+    model = tiny()
+    adapter, context = nonzero(new_adapter(model)), model.begin(PROMPTS)
+    x = torch.randn(3, *model.chunk_shape, generator=seeded(0))
+
+    def off_on_off_on(predict: Callable) -> list[Tensor]:
+        found = []
+        for switch in (nullcontext, adapter.on, nullcontext, adapter.on):
+            with switch(model):
+                found.append(predict(x, 0.5, context).detach())
+        with torch.no_grad(), adapter.on(model):
+            return [*found, predict(x, 0.5, context)]
+
+    expected = off_on_off_on(model.predict)
+    compiled = off_on_off_on(torch.compile(model.predict, backend="eager"))
+    assert (expected[0] - expected[1]).abs().max() > 0.1
+    for found, right in zip(compiled, expected):
+        assert torch.allclose(found, right, atol=1e-5)
+
+
+def test_an_adapter_is_on_once_and_takes_inputs_by_name():
+    model = nn.Sequential(nn.Linear(4, 4)).requires_grad_(False)
+    adapter, x = nonzero(Adapter.new(model, 2, 2.0, seeded(0))), torch.randn(3, 4)
+    with adapter.on(model):
+        assert torch.equal(model[0](input=x), model[0](x))
+        with pytest.raises(RuntimeError, match="on already"), adapter.on(model):
+            pass
+        assert not torch.equal(model[0](x), F.linear(x, model[0].weight, model[0].bias))
+    assert torch.equal(model[0](x), F.linear(x, model[0].weight, model[0].bias))
+
+
+def test_a_layer_that_is_never_called_is_named():
+    """As out_proj of nn.MultiheadAttention, whose weight is read and not called."""
+    model = tiny()
+    model.unused = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.warns(UserWarning, match="layers .'unused'.: are they used without a call"):
+        trainer(model, new_adapter(model))(0)
+
+
+@pytest.mark.parametrize("kind", ["inject_adapter_in_model", "get_peft_model"])
+def test_pefts_own_lora_trains_in_place_of_adapter(kind):
+    peft = pytest.importorskip("peft")
+    from examples.peft_adapter import PeftAdapter
+    model, expected = tiny(), tiny()
+    own = Adapter.new(expected, 2, 4.0, seeded(0), targets=r".*qkv|head")
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=r".*qkv|head", lora_dropout=0.0)
+    wrapped = getattr(peft, kind)(*((config, model) if "inject" in kind else (model, config)))
+    theirs = PeftAdapter(wrapped)
+    for (name, pair), layer in zip(own.weights.items(), theirs.layers, strict=True):
+        for z, lora in zip(pair, (layer.lora_A, layer.lora_B)):
+            lora["default"].weight.data.copy_(z)
+    rows = [trainer(m, adapter)(0) for m, adapter in ((expected, own), (model, theirs))]
+    assert rows[1]["ratio_first"] == 1 and rows[1]["grad_norm"] > 0
+    assert math.isclose(rows[0]["grad_norm"], rows[1]["grad_norm"], rel_tol=1e-3)
+    moved = {id(p): p.detach() for p in theirs.parameters()}
+    assert len(moved) == len(own.parameters())
+    for p, q in zip(own.parameters(), theirs.parameters()):
+        assert torch.allclose(p, q, atol=1e-4)
+
+
 # ------------------------------------------------------------------ examples
 
 class Network(nn.Module):
@@ -1160,7 +1221,8 @@ def test_the_self_forcing_example_on_its_own_code():
 
 def test_the_self_forcing_example_on_a_stand_in():
     """Where there is no copy of the real code."""
-    from examples.check_self_forcing import Text, Vae, check
+    from examples.check_self_forcing import Text, Vae
+    from examples.checks import check
     from examples.self_forcing import SelfForcing, memory
 
     model = SelfForcing(StandIn(), Text(), Vae(), (3, 4, 4, 4), 3)
@@ -1172,6 +1234,33 @@ def test_the_self_forcing_example_on_a_stand_in():
     assert row["ratio_first"] == 1 and row["grad_norm"] > 0 and row["skipped"] == 0
     assert sum(size for name, size in memory().items() if "CPU" not in name) < 80
     check(model, ["a cat", "a dog", "a boat"])
+
+
+def test_the_diffusers_example_on_diffusers_own_code(tmp_path, monkeypatch):
+    """Also: diffusers' load_lora_weights applies an adapter as `on` does."""
+    pytest.importorskip("diffusers", minversion="0.39")
+    from diffusers.models.transformers import transformer_anyflow_far
+
+    from examples import check_diffusers_far as far
+    from examples.checks import check
+
+    model = far.AnyFlowFAR(far.tiny((1, 3, 2)), (8, 8))
+    far.compare(model, ["a cat"])
+    monkeypatch.setattr(transformer_anyflow_far, "dispatch_attention_fn", far.dense)
+    noise = draw_noise(model, 1, seeded(0))
+    adapter = nonzero(Adapter.new(model, 4, 6.0, seeded(0), r".*(attn|ffn).*"))
+    plain = sample(model, ["a cat"], noise)
+    with torch.no_grad(), adapter.on(model):
+        expected = sample(model, ["a cat"], noise)
+    merge_adapters((adapter, 1.0)).save(tmp_path, model)        # α = r, as diffusers reads no α
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    pipe, short = model.outside[0], len("base_model.model.")
+    pipe.load_lora_weights({name[short:]: x for name, x in weights.items()})
+    assert torch.allclose(sample(model, ["a cat"], noise), expected, atol=1e-5)
+    assert (expected - plain).abs().max() > 0.01
+    model = far.AnyFlowFAR(far.tiny((3, 3, 3)), (8, 8))
+    model.decode = lambda latents: model.frames(latents).transpose(1, 2)[:, :, :3]
+    check(model, ["a cat", "a dog", "a boat"], iterations=3)
 
 
 def test_own_model_learns():
