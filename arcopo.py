@@ -168,12 +168,15 @@ class Generator(nn.Module):
     flow                                  False: consistency model; True: flow matching, Euler steps
     device                                where its tensors are
 
-    x_t = (1 - t) x₀ + t ε, so t = 1 is pure noise; `timesteps` include a scheduler's shift.
-    t is a float or float32 [N]. x_t is float32; a prediction of any dtype is cast to float32.
-    No guidance: the policy is one call of predict. predict has no side effect, extend changes
-    neither argument, and a row's result does not depend on the other rows. A Context can be any
-    object with repeat(times): row n * times + b is row n again. Nothing writes to a Context, so
-    copies may share memory. An Adapter applies to the nn.Linear layers of the module. Optional:
+    x_t = (1 - t) x₀ + t ε, so t = 1 is pure noise; `timesteps` include a scheduler's shift and are
+    the same for all chunks. t is a float or float32 [N]. x_t is float32; a prediction of any dtype
+    is cast to float32. No guidance: the policy is one call of predict. predict has no side effect,
+    extend changes neither argument, and a row's result does not depend on the other rows. A Context
+    can be any object with repeat(times): row n * times + b is row n again. Nothing writes to a
+    Context, so copies may share memory. An Adapter applies to the nn.Linear layers of the module.
+
+    A flow map, which is told where its step ends, finds that in `timesteps` and returns x_t - t u,
+    with flow = True. Chunks of unequal length are padded, and predicted as zeros there. Optional:
     `fingerprint`, a hash of the weights, so that an adapter of other weights is refused.
     """
 
@@ -228,6 +231,8 @@ class Generator(nn.Module):
         [N, layers, 2, heads, tokens, head width]."""
         N, side = len(x), SIZE // PATCH
         p = context.kv.shape[4] // self.tokens                          # which chunk x is
+        if p >= len(self.position):
+            raise ValueError(f"chunk {p + 1}: this model has positions for {len(self.position)}")
         t = t if isinstance(t, Tensor) else x.new_full((N,), t, dtype=torch.float32)
         frequency = torch.exp(-math.log(1e4) / 128 * torch.arange(128, device=x.device))
         angle = 1000 * t[:, None] * frequency
@@ -288,6 +293,8 @@ class Noise(NamedTuple):
 
 
 def draw_noise(model: Generator, rows: int, rng: torch.Generator) -> Noise:
+    if not 0 < min(model.timesteps) <= max(model.timesteps) <= 1:
+        raise ValueError(f"timesteps {model.timesteps}: must be in (0, 1], not 0 to 1000")
     solver_steps = 0 if model.flow else len(model.timesteps) - 1
     shape = rows, model.chunks, 1 + solver_steps, *model.chunk_shape
     noise = torch.randn(shape, generator=rng).to(model.device)
@@ -651,8 +658,8 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
         if len(reached) < len(adapter.parameters()):
             layers = getattr(adapter, "weights", {})
             names = [name for name, (A, B) in layers.items() if B.grad is None]
-            warnings.warn(f"no gradient reaches the adapter of layers {names}: are they used without "
-                          "a call? Leave them out of its targets", stacklevel=2)
+            warnings.warn(f"no gradient reaches the adapter of layers {names}: are they used "
+                          "without a call? Leave them out of its targets", stacklevel=2)
         gradients = [average_(p.grad) for p in reached]
         norms.append(nn.utils.get_total_norm(gradients))
         ratios.append(torch.cat(log_ratios, 1).exp())
@@ -673,15 +680,13 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
 
 def rewarded(branches: Fork, clips: Tensor, reward: Callable) -> dict[str, Tensor]:
     """The scores [P, G] of the branches' clips [P, G, ...]. A branch that is not finite gets NaN,
-    which is no advantage and no anchor, and zeros in place of its states and candidates."""
+    which is no advantage and no anchor; what is not finite in its tensors becomes 0."""
     P, G = clips.shape[:2]
     scores = reward(clips.flatten(0, 1), [p for p in branches.prompts for _ in range(G)])
-    candidates = branches.candidates.transpose(1, 2).reshape(P, G, -1)
-    finite = (clips.reshape(P, G, -1).isfinite().all(2).to(candidates.device)
-              & candidates.isfinite().all(2))
-    broken = ~finite.view(P, 1, G, *[1] * (branches.states.ndim - 3))
-    branches.states.masked_fill_(broken, 0)
-    branches.candidates.masked_fill_(broken, 0)
+    finite = branches.candidates.isfinite().transpose(1, 2).flatten(2).all(2)
+    finite &= clips.isfinite().flatten(2).all(2).to(finite.device)
+    branches.states.nan_to_num_(0, 0, 0)
+    branches.candidates.nan_to_num_(0, 0, 0)
     return {name: x.view(P, G).to(finite.device).where(finite, math.nan)
             for name, x in scores.items()}
 
