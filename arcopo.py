@@ -848,8 +848,8 @@ class Settings(Method):
     rank: int = option(16, "rank r of the LoRA adapter", "64")
     alpha: float = option(32.0, "α of the LoRA adapter, scaled by α/r", "128")
     buffer_groups: int = option(100, "rollout groups in the buffer", "100")
-    buffer_lr: float = option(1e-3, "learning rate of AdamW with the buffer", "1e-5")
-    buffer_tau: float = option(6.0, "temperature τ with the buffer, where the clip is the trust "
+    buffer_lr: float = option(2e-5, "learning rate of AdamW with the buffer", "1e-5")
+    buffer_tau: float = option(20.0, "temperature τ with the buffer, where the clip is the trust "
                                "region around the reference, as wide as ε τ", "as --tau")
     buffer_reward: str = option("ta=1", "rewards of the buffer, as --reward", "TA")
     sweep: tuple = option((0.4, 0.6, 0.8, 1.0), "strengths s of the on-policy adapter", "0.4 to 1")
@@ -864,7 +864,7 @@ class Settings(Method):
     timesteps: tuple = option((), "sampler times, falling from 1, as 1,0.5,0.25,0.1 [the base's]")
     seed: int = option(0, "seed of training, sampling and judging")
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto is cuda if there is one")
-    reward: str = option("ta=1,vq=1,mq=1", "weights of ta, vq, mq (text alignment, visual, motion "
+    reward: str = option("ta=3,mq=1", "weights of ta, vq, mq (text alignment, visual, motion "
                          "quality) and of module:function, your own", "VideoAlign's, 1 each")
     clip: str = option("", "open_clip model of ta, vq, mq: a folder, ARCH:FILE or ARCH:TAG, as "
                        "ViT-B-32:laion2b_s34b_b79k [assets/clip]")

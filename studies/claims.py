@@ -20,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 ON = "python arcopo.py --method on-policy --seed S --steps"
 BUFFERED = "python arcopo.py --method {} --seed S --steps 100 --judge-every 10"
 SDE = "python -m studies.sde_grpo --seed S --steps"
+RECIPE = "python -m studies.merging --seed S --steps 100 --sweep 0.4,0.6,0.8,1,1.5,2"
 DISTILLED = "--timesteps 1,0.5,0.25,0.1"        # at which the student was distilled
 TUNING = "--judge-prompts training"             # no reported score of a model has these prompts
 SEPARATE = "base", "entropy", "cost"            # runs that write a CSV of this name, and no other
@@ -38,14 +39,14 @@ RUNS = [
     Run("base", "base", "python -m studies.base --seed S --base assets/right-captions.safetensors"),
     Run("C1", "entropy", "python -m studies.entropy --seed S"),
     Run("C1", "entropy", f"python -m studies.entropy --seed S {DISTILLED}"),
-    Run("C2", "AR-CoPO", f"{ON} 60 --anchors 12"),
+    Run("C2", "AR-CoPO", f"{ON} 60 --anchors 12 --lr 2e-4"),
     Run("C2", "SDE-GRPO", f"{SDE} 60"),
-    Run("C2", "AR-CoPO, distilled times", f"{ON} 60 --anchors 12 {DISTILLED}"),
+    Run("C2", "AR-CoPO, distilled times", f"{ON} 60 --anchors 12 --lr 2e-4 {DISTILLED}"),
     Run("C2", "SDE-GRPO, distilled times", f"{SDE} 60 {DISTILLED}"),
-    Run("C3 C6", "recipe", "python -m studies.merging --seed S --steps 100 "
-                           "--sweep 0.4,0.6,0.8,1,1.5,2"),
+    Run("C3 C6", "recipe", RECIPE),
+    Run("C6", "recipe, on-policy without TA", f"{RECIPE} --reward vq=1,mq=1", (0, 1, 2)),
     Run("C4", "TA alone", f"{ON} 100 --reward ta=1 --judge-every 10"),
-    Run("C4", "TA alone, twice the rate", f"{ON} 100 --reward ta=1 --judge-every 10 --lr 4e-4"),
+    Run("C4", "TA alone, 4 times the rate", f"{ON} 100 --reward ta=1 --judge-every 10 --lr 4e-4"),
     Run("C4 C5", "semi", BUFFERED.format("semi")),
     Run("C4", "semi, wide clip", BUFFERED.format("semi") + " --clip-range 1e-2"),
     Run("C5", "off-policy", BUFFERED.format("off-policy")),
@@ -54,7 +55,7 @@ RUNS = [
     Run("C8", "cost", "python -m studies.cost --seed S", (0, 1, 2)),
     *(Run("settings", change, f"{ON} 60 {change}".strip(), (0, 1, 2)) for change in (
         "", "--sigma 0.25", "--sigma 1", "--group 6", "--group 24", "--anchors 1", "--anchors 12",
-        "--clip-range 1e-3", "--updates 1", "--floor 0.3", "--lr 5e-5", "--lr 4e-4",
+        "--clip-range 1e-3", "--updates 1", "--floor 0.3", "--lr 2e-4", "--lr 4e-4",
         "--reward ta=1,vq=1,mq=1", "--reward vq=1")),
 ]
 

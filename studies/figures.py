@@ -30,7 +30,7 @@ TITLES = {"reward": "reward", "judge": "judge", "area": "area of the shape, px²
           "all_right": "share of clips all right", "ta": "TA", "direction": "direction right"}
 COLOURS = {"on-policy": "tab:red", "semi": "tab:blue", "merged": "tab:purple",
            "on-policy, scaled": "tab:red", "base": "grey", "off-policy": "tab:orange",
-           "semi, wide clip": "tab:cyan", "on-policy, twice the rate": "tab:brown"}
+           "semi, wide clip": "tab:cyan", "on-policy, 4 times the rate": "tab:brown"}
 SIZE = {"font.size": 13, "axes.titlesize": 14, "legend.fontsize": 12}
 
 
@@ -85,7 +85,7 @@ def ta():
     """C4 and C5: trainings on TA alone."""
     figure, plots = plt.subplots(1, 4, figsize=(16, 4))
     lines = {"on-policy": ("TA alone", "on-policy"),
-             "on-policy, twice the rate": ("TA alone, twice the rate", "on-policy"),
+             "on-policy, 4 times the rate": ("TA alone, 4 times the rate", "on-policy"),
              "semi": ("semi", "semi"), "semi, wide clip": ("semi, wide clip", "semi"),
              "off-policy": ("off-policy", "off-policy")}
     for label, (run, training) in lines.items():

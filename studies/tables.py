@@ -165,7 +165,7 @@ def baseline() -> str:
 
 TEXT_ALONE = {"semi": ("semi", "semi"), "semi, wide clip": ("semi, wide clip", "semi"),
               "on-policy": ("TA alone", "on-policy"),
-              "on-policy, twice the rate": ("TA alone, twice the rate", "on-policy"),
+              "on-policy, 4 times the rate": ("TA alone, 4 times the rate", "on-policy"),
               "off-policy": ("off-policy", "off-policy")}
 
 
