@@ -29,8 +29,9 @@ HERE = Path(__file__).resolve().parent
 TITLES = {"reward": "reward", "judge": "judge", "area": "area of the shape, px²",
           "all_right": "share of clips all right", "ta": "TA", "direction": "direction right"}
 COLOURS = {"on-policy": "tab:red", "semi": "tab:blue", "merged": "tab:purple",
-           "on-policy, scaled": "tab:red", "base": "grey", "off-policy": "tab:orange",
-           "semi, wide clip": "tab:cyan", "on-policy, 4 times the rate": "tab:brown"}
+           "on-policy, scaled": "tab:red", "base": "grey", "semi, 25 times the rate": "tab:cyan",
+           "off-policy, 25 times the rate": "tab:orange",
+           "on-policy, 4 times the rate": "tab:brown"}
 SIZE = {"font.size": 13, "axes.titlesize": 14, "legend.fontsize": 12}
 
 
@@ -86,8 +87,9 @@ def ta():
     figure, plots = plt.subplots(1, 4, figsize=(16, 4))
     lines = {"on-policy": ("TA alone", "on-policy"),
              "on-policy, 4 times the rate": ("TA alone, 4 times the rate", "on-policy"),
-             "semi": ("semi", "semi"), "semi, wide clip": ("semi, wide clip", "semi"),
-             "off-policy": ("off-policy", "off-policy")}
+             "semi": ("semi", "semi"),
+             "semi, 25 times the rate": ("semi, 25 times the rate", "semi"),
+             "off-policy, 25 times the rate": ("off-policy, 25 times the rate", "off-policy")}
     for label, (run, training) in lines.items():
         rows = rows_of("curves.csv", run=run, training=training)
         for axes, column in zip(plots, ("ta", "judge", "all_right")):

@@ -163,10 +163,11 @@ def baseline() -> str:
                    ("reward", "judge", "all_right", "area"))
 
 
-TEXT_ALONE = {"semi": ("semi", "semi"), "semi, wide clip": ("semi, wide clip", "semi"),
-              "on-policy": ("TA alone", "on-policy"),
-              "on-policy, 4 times the rate": ("TA alone, 4 times the rate", "on-policy"),
-              "off-policy": ("off-policy", "off-policy")}
+TEXT_ALONE = {name: (name, name.partition(",")[0]) for name in (
+    "semi", "semi, 25 times the rate", "semi, 25 times the rate, ε 1e-6", "off-policy",
+    "off-policy, 25 times the rate")}
+TEXT_ALONE |= {"on-policy": ("TA alone", "on-policy"),
+               "on-policy, 4 times the rate": ("TA alone, 4 times the rate", "on-policy")}
 
 
 def text_alone() -> str:
