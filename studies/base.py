@@ -8,6 +8,7 @@ differ in the initial noise of chunk p.
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,8 +19,7 @@ from arcopo import (Settings, branch_noise, draw_noise, exit_code, fork, load, p
                     sample_batches, seeded, write_csv)
 from reward import BACKGROUND, HELD_OUT_PROMPTS, JUDGE_PROMPTS, judge
 
-USED = set("out base timesteps seed device reward clip sigma group judge_prompts judge_samples"
-           .split())
+USED = set("out base timesteps seed device clip sigma group judge_prompts judge_samples".split())
 ATTRIBUTES = "colour", "shape", "direction"
 
 
@@ -84,7 +84,7 @@ def groups(model, reward, settings: Settings, pivot: int) -> dict[str, float]:
 
 def study(settings: Settings) -> int:
     folder = Path(settings.out or time.strftime("runs/base-%Y%m%d-%H%M%S"))
-    model, reward, _ = load(settings)
+    model, reward, _ = load(replace(settings, reward="ta=1,vq=1,mq=1"))
     folder.mkdir(parents=True, exist_ok=True)
     found = {"clips": errors(model, reward, settings)}
     for pivot in tqdm(range(model.chunks), "base", unit="pivot"):
