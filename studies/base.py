@@ -52,12 +52,13 @@ def errors(model, reward, settings: Settings) -> dict[str, float]:
     clips = sample_batches(model, prompts, seeded(settings.seed, "judging"), settings.micro)
     scores = {name: x.cpu() for name, x in judge(clips, prompts).items()}
     ta, right = reward(clips, prompts)["ta"].cpu(), scores["all_right"] == 1
-    empty = sum(scores[name] for name in ATTRIBUTES) == 0
+    count = sum(scores[name] for name in ATTRIBUTES)        # of right attributes
+    empty = count == 0
     found = {"all right": right.float().mean().item(), "empty": empty.float().mean().item()}
     for name in ATTRIBUTES:
         wrong = (scores[name] == 0) & ~empty
         found[f"wrong {name}"] = wrong.float().mean().item()
-        found[f"AUC of TA, {name}"] = auc(ta[right], ta[wrong])
+        found[f"AUC of TA, {name}"] = auc(ta[right], ta[wrong & (count == 2)])      # alone
     for name in ("visual", "motion_quality", "area"):
         found[f"{name} of right clips"] = scores[name][right].mean().item()
     return found

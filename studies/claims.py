@@ -34,9 +34,8 @@ class Run(NamedTuple):
 
 
 RUNS = [
-    Run("base", "base", "python -m studies.base --seed S"),
-    Run("base", "base", "python -m studies.base --seed S --base assets/teacher.safetensors"),
-    Run("base", "base", "python -m studies.base --seed S --base assets/right-captions.safetensors"),
+    *(Run("base", "base", f"python -m studies.base --seed S{base}", (0, 1, 2)) for base in (
+        "", " --base assets/teacher.safetensors", " --base assets/right-captions.safetensors")),
     Run("C1", "entropy", "python -m studies.entropy --seed S"),
     Run("C1", "entropy", f"python -m studies.entropy --seed S {DISTILLED}"),
     Run("C2", "AR-CoPO", f"{ON} 60 --anchors 12 --lr 2e-4"),

@@ -20,87 +20,107 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from arcopo import (Adapter, Parser, Settings, branch_noise, draw_noise, exit_code, fork,
-                    group_advantages, load, load_generator, sample, seeded)
+from arcopo import (Adapter, Parser, Settings, branch_noise, choose_strength, draw_noise, exit_code,
+                    fork, group_advantages, load, load_generator, sample, seeded)
 from reward import HELD_OUT_PROMPTS, judge
 from studies.claims import read
 
 HERE = Path(__file__).resolve().parent
 TITLES = {"reward": "reward", "judge": "judge", "area": "area of the shape, px²",
-          "all_right": "share of clips all right", "ta": "TA", "direction": "direction right"}
+          "all_right": "share of clips all right", "ta": "TA"}
 COLOURS = {"on-policy": "tab:red", "semi": "tab:blue", "merged": "tab:purple",
-           "on-policy, scaled": "tab:red", "base": "grey", "semi, 25 times the rate": "tab:cyan",
+           "on-policy, scaled": "tab:red", "semi, 25 times the rate": "tab:cyan",
            "off-policy, 25 times the rate": "tab:orange",
            "on-policy, 4 times the rate": "tab:brown"}
-SIZE = {"font.size": 13, "axes.titlesize": 14, "legend.fontsize": 12}
+COLUMNS = "reward", "judge", "all_right", "area"
+SIZE = {"font.size": 13, "axes.titlesize": 14, "legend.fontsize": 11}
 
 
 def rows_of(name: str, **wanted: str) -> list[dict]:
     return [row for row in read(HERE / name) if all(row[k] == v for k, v in wanted.items())]
 
 
-def band(axes, rows: list[dict], x: str, y: str, label: str, line: str = "-") -> None:
-    """Mean and standard deviation of y over the rows with the same x."""
-    places = sorted({float(row[x]) for row in rows})
-    found = [[float(row[y]) for row in rows if float(row[x]) == place] for place in places]
-    middle = np.array([mean(v) for v in found])
-    width = np.array([stdev(v) if len(v) > 1 else 0 for v in found])
-    axes.plot(places, middle, line, marker="o", markersize=4, label=label, color=COLOURS[label])
-    axes.fill_between(places, middle - width, middle + width, alpha=0.15, linewidth=0,
+def changes(rows: list[dict], base: list[dict], x: str, y: str) -> dict[float, list[float]]:
+    """{place on the x axis: change of y from the base of the same seed, for each seed}."""
+    start = {row["seed"]: float(row[y]) for row in base}
+    found = {}
+    for row in rows:
+        found.setdefault(float(row[x]), []).append(float(row[y]) - start[row["seed"]])
+    return dict(sorted(found.items()))
+
+
+def band(axes, points: dict[float, list[float]], label: str, line: str = "-") -> None:
+    """Mean and standard deviation."""
+    middle = np.array([mean(v) for v in points.values()])
+    width = np.array([stdev(v) if len(v) > 1 else 0 for v in points.values()])
+    axes.plot(list(points), middle, line, marker="o", markersize=4, label=label,
+              color=COLOURS[label])
+    axes.fill_between(list(points), middle - width, middle + width, alpha=0.15, linewidth=0,
                       color=COLOURS[label])
+    axes.axhline(0, color="grey", linestyle=":", linewidth=1)
+
+
+def along(run: str, training: str, column: str) -> dict[float, list[float]]:
+    """Changes of a score since iteration 0."""
+    rows = rows_of("curves.csv", run=run, training=training)
+    return changes(rows, [row for row in rows if row["step"] == "0"], "step", column)
 
 
 def curves():
     """The recipe's trainings."""
     figure, plots = plt.subplots(1, 4, figsize=(16, 4))
-    for axes, column in zip(plots, ("reward", "judge", "all_right", "area")):
+    for axes, column in zip(plots, COLUMNS):
         for training in ("on-policy", "semi"):
-            band(axes, rows_of("curves.csv", run="recipe", training=training), "step", column,
-                 training)
-        axes.set(title=TITLES[column], xlabel="iteration")
+            band(axes, along("recipe", training, column), training)
+        axes.set(title=f"Δ {TITLES[column]}", xlabel="iteration")
     plots[0].legend()
     return figure
 
 
 def tradeoff():
-    """C6: merged models and the scaled on-policy adapter, by s."""
-    figure, plots = plt.subplots(1, 4, figsize=(16, 4))
-    rows = rows_of("results.csv", run="recipe")
-    merged = [row | {"s": row["model"].partition("= ")[2] or "0"} for row in rows
-              if row["model"] == "semi" or row["model"].startswith("s = ")]
-    scaled = [row | {"s": row["model"].partition(" x ")[2] or "1"} for row in rows
-              if row["model"].startswith("on-policy")]
-    scaled += [row | {"s": "0"} for row in rows if row["model"] == "base"]
-    for axes, column in zip(plots, ("reward", "judge", "all_right", "area")):
-        band(axes, merged, "s", column, "merged")
-        band(axes, scaled, "s", column, "on-policy, scaled", "--")
-        base = mean(float(row[column]) for row in rows if row["model"] == "base")
-        axes.axhline(base, color=COLOURS["base"], linestyle=":", label="base")
-        axes.axvline(1, color="black", linewidth=0.8, linestyle="--", label="largest s of Sec. 4.4")
-        axes.set(title=TITLES[column], xlabel="strength s")
-    plots[0].legend()
+    """C6: merged models and the scaled on-policy adapter, by s, of both recipes."""
+    figure, plots = plt.subplots(2, 4, figsize=(16, 7.4))
+    for row, (run, label) in zip(plots, (("recipe", "on-policy on TA and MQ"),
+                                         ("recipe, on-policy without TA",
+                                          "on-policy on VQ and MQ"))):
+        rows = rows_of("results.csv", run=run)
+        base = [r for r in rows if r["model"] == "base"]
+        merged = [r | {"s": r["model"].partition("= ")[2] or "0"} for r in rows
+                  if r["model"] == "semi" or r["model"].startswith("s = ")]
+        scaled = [r | {"s": r["model"].partition(" x ")[2] or "1"} for r in rows
+                  if r["model"].startswith("on-policy")] + [r | {"s": "0"} for r in base]
+        better = {column: changes(merged, base, "s", column) for column in ("reward", "judge")}
+        both = {s: (mean(better["reward"][s]), mean(better["judge"][s])) for s in better["judge"]}
+        for axes, column in zip(row, COLUMNS):
+            band(axes, changes(merged, base, "s", column), "merged")
+            band(axes, changes(scaled, base, "s", column), "on-policy, scaled", "--")
+            axes.axvline(choose_strength(both, (0, 0)), color="black", linewidth=1, linestyle="--",
+                         label="s by the rule of Sec. 4.4")
+            axes.set(title=f"Δ {TITLES[column]}", xlabel="strength s")
+        row[0].set_ylabel(label)
+        row[0].legend()
     return figure
 
 
 def ta():
-    """C4 and C5: trainings on TA alone."""
+    """C4 and C5: trainings on TA alone. Collapse leaves the plots."""
     figure, plots = plt.subplots(1, 4, figsize=(16, 4))
     lines = {"on-policy": ("TA alone", "on-policy"),
              "on-policy, 4 times the rate": ("TA alone, 4 times the rate", "on-policy"),
              "semi": ("semi", "semi"),
              "semi, 25 times the rate": ("semi, 25 times the rate", "semi"),
              "off-policy, 25 times the rate": ("off-policy, 25 times the rate", "off-policy")}
-    for label, (run, training) in lines.items():
-        rows = rows_of("curves.csv", run=run, training=training)
-        for axes, column in zip(plots, ("ta", "judge", "all_right")):
-            band(axes, rows, "step", column, label)
-            axes.set(title=TITLES[column], xlabel="iteration")
-        steps = sorted({int(row["step"]) for row in rows})
-        points = [[mean(float(row[c]) for row in rows if int(row["step"]) == step)
-                   for step in steps] for c in ("ta", "judge")]
-        plots[3].plot(*points, marker="o", markersize=4, color=COLOURS[label])
-    plots[3].set(title="along training", xlabel="TA", ylabel="judge")
-    plots[0].legend()
+    limits = {"ta": (-0.12, 0.12), "judge": (-0.1, 0.08), "all_right": (-0.3, 0.15)}
+    for label, pair in lines.items():
+        points = {column: along(*pair, column) for column in limits}
+        for axes, column in zip(plots, limits):
+            band(axes, points[column], label)
+            axes.set(title=f"Δ {TITLES[column]}", xlabel="iteration", ylim=limits[column])
+        plots[3].plot(*([mean(v) for v in points[c].values()] for c in ("ta", "judge")),
+                      marker="o", markersize=4, color=COLOURS[label])
+    plots[3].set(title="along training", xlabel="Δ TA", ylabel="Δ judge", xlim=limits["ta"],
+                 ylim=limits["judge"])
+    plots[2].legend(loc="lower left")
     return figure
 
 
@@ -141,27 +161,29 @@ def fork_picture():
 
 
 def moving_picture(run: Path, file: Path) -> None:
-    """The base above the run's merged model: the first eight held-out prompts, the same noise."""
-    model, prompts = load_generator(), HELD_OUT_PROMPTS[:8]
+    """The base above the run's merged model, on the same noise: of each held-out prompt the first
+    clip that the base gets wrong, if there is one; the first eight of them. A tick: all right."""
+    model, prompts = load_generator(), [p for p in HELD_OUT_PROMPTS for _ in range(8)]
     noise = draw_noise(model, len(prompts), seeded(0, "figure"))
     clips = {"base": sample(model, prompts, noise)}
     with torch.no_grad(), Adapter.load(run / "merged", model).on(model):
         clips["aligned"] = sample(model, prompts, noise)
-    frames = []
-    for i in range(clips["base"].shape[1]):
-        figure, plots = plt.subplots(2, len(prompts), figsize=(8.3, 2.7), dpi=100)
-        for row, (name, own) in enumerate(clips.items()):
-            for column, prompt in enumerate(prompts):
-                axes = plots[row, column]
-                axes.imshow(image(own[column, i]))
+    right = {name: judge(own, prompts)["all_right"] for name, own in clips.items()}
+    first = {prompts[i]: i for i in reversed(range(len(prompts))) if not right["base"][i]}
+    chosen, frames = sorted(first.values())[:8], []
+    for f in range(clips["base"].shape[1]):
+        figure, plots = plt.subplots(2, len(chosen), figsize=(8.3, 2.6), dpi=100)
+        for row, (name, own) in zip(plots, clips.items()):
+            for axes, i in zip(row, chosen):
+                axes.imshow(image(own[i, f]))
                 axes.set_xticks([])
                 axes.set_yticks([])
-                if column == 0:
-                    axes.set_ylabel(name, fontsize=13)
-                if row == 1:
-                    colour, shape, *motion = prompt.removeprefix("a ").split()
-                    axes.set_xlabel(f"{colour}\n{shape}\n{' '.join(motion)}", fontsize=11)
-        figure.subplots_adjust(0.04, 0.25, 0.995, 0.995, 0.04, 0.04)
+                axes.text(1, 5, "✓" if right[name][i] else "✗", color="white", fontsize=11)
+            row[0].set_ylabel(name, fontsize=13)
+        for axes, i in zip(plots[1], chosen):
+            colour, shape, *motion = prompts[i].removeprefix("a ").split()
+            axes.set_xlabel(f"{colour} {shape}\n{' '.join(motion)}", fontsize=9.5)
+        figure.subplots_adjust(0.04, 0.17, 0.995, 0.995, 0.04, 0.04)
         figure.canvas.draw()
         frames.append(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
         plt.close(figure)
