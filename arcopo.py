@@ -4,7 +4,7 @@
     python arcopo.py --method on-policy --steps 100     one adapter; also semi, off-policy
     python arcopo.py --resume runs/NAME                 continue a run; --steps 200: for longer
     python arcopo.py --sample "a red circle moving right" --adapter runs/NAME/merged
-    torchrun --nproc-per-node=8 arcopo.py --steps 100   each process explores groups of its own
+    torchrun --nproc-per-node=8 arcopo.py --steps 100   each process draws groups of its own
 
 He et al., AR-CoPO: Align Autoregressive Video Generation with Contrastive Policy Optimization,
 arXiv 2603.17461 ("the paper"), built on He et al., Neighbor GRPO, arXiv 2511.16955. The generator
@@ -81,8 +81,8 @@ def option(default, text: str, paper: str = "", choices: tuple = ()):
 
 @dataclass
 class Method:
-    """Settings of the method, which explore, update, collect_buffer and the two functions iterate
-    and iterate_buffered take. Raises ValueError."""
+    """Settings of the method, for explore, update, collect_buffer, iterate and iterate_buffered.
+    Raises ValueError if one is out of range."""
     group: int = option(12, "branches G of a fork", "12")
     sigma: float = option(0.5, "radius σ of the neighbours in noise (Eq. 1)", "0.5")
     anchors: int = option(4, "anchors B of the G candidates (symmetric sampling)", "4")
@@ -94,7 +94,7 @@ class Method:
     quasi_norm: float = option(0.0, "p of the quasi-norm of the advantages; 0: standard deviation",
                                "0.8 in Neighbor GRPO")
     floor: float = option(0.02, "lower bound of σ_r (Eq. 3), in the reward's unit")
-    micro: int = option(0, "most rows in a batch of the generator, but at least one for each "
+    micro: int = option(0, "maximum rows in a batch of the generator, but at least one for each "
                         "prompt; 0: no limit, or 48 in judging")
 
     def __post_init__(self):
@@ -103,7 +103,8 @@ class Method:
             if f.type in (int, float):
                 allowed = value > 0 or value == f.default       # 0 is the default of some
                 if not allowed or (math.isinf(value) and f.name != "clip_range"):
-                    raise ValueError(f"{f.name} {value}: must be above 0")
+                    zero = " or 0" if f.default == 0 else ""
+                    raise ValueError(f"{f.name} {value}: must be a number above 0{zero}")
         for name, largest in (("sigma", 1), ("quasi_norm", 2), ("anchors", self.group)):
             if getattr(self, name) > largest:
                 raise ValueError(f"{name} {getattr(self, name)}: must be at most {largest}")
@@ -127,7 +128,7 @@ class Context(NamedTuple):
 
 class Block(nn.Module):
     """Attention and MLP, modulated by time and prompt (adaLN with a table per block, as in Wan).
-    The attention is explicit: torch's own has no deterministic backward on CUDA."""
+    The attention is explicit: torch's fused kernels are not deterministic on CUDA by default."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -175,9 +176,10 @@ class Generator(nn.Module):
     can be any object with repeat(times): row n * times + b is row n again. Nothing writes to a
     Context, so copies may share memory. An Adapter applies to the nn.Linear layers of the module.
 
-    A flow map, which is told where its step ends, finds that in `timesteps` and returns x_t - t u,
-    with flow = True. Chunks of unequal length are padded, and predicted as zeros there. Optional:
-    `fingerprint`, a hash of the weights, so that an adapter of other weights is refused.
+    A flow map, which is told where its step ends, finds that in `timesteps` and returns x_t - t u
+    (u: its average velocity), with flow = True. Chunks of unequal length are padded, and predicted
+    as zeros there. Optional: `fingerprint`, a hash of the weights, so that an adapter of other
+    weights is refused.
     """
 
     chunk_shape, chunks = (CHUNK_FRAMES, 3, SIZE, SIZE), CHUNKS
@@ -272,8 +274,8 @@ def load_generator(file: str | Path = "", device: str | torch.device = "cpu",
 def seeded(seed: int, *stream: str | int) -> torch.Generator:
     """A random generator for (seed, *stream), on the CPU: the same noise on every device.
 
-    A hash of them fills the whole state of the Mersenne Twister, 624 words, so that no two streams
-    overlap: manual_seed would keep 32 bits of the hash.
+    A hash of them fills the whole state of the Mersenne Twister, 624 words, so that two streams
+    practically never overlap: manual_seed would keep 32 bits of the hash.
     """
     generator = torch.Generator()
     state = generator.get_state()
@@ -350,13 +352,27 @@ def sample(model: Generator, prompts: list[str], noise: Noise) -> Tensor:
 # ------------------------------------------------------------------ fork
 
 class Fork(NamedTuple):
-    """P groups of G branches at the pivot chunk. replay reads context and states, update reads the
-    candidates; the buffer keeps prompts and prefix, and recomputes the context from them."""
+    """P groups of G branches at the pivot chunk. A buffer stores all of it but the context, which
+    draw_from recomputes from prompts and prefix."""
     prompts: list[str]
     prefix: Tensor          # [P, pivot, *chunk_shape]    finished chunks before the pivot
     context: Context        # h_{p-1}, P rows
     states: Tensor          # [P, T, G, *chunk_shape]     x_t⁽ⁱ⁾, the network's input; first ε_p⁽ⁱ⁾
     candidates: Tensor      # [P, T, G, *chunk_shape]     of each step; the last is x_p⁽ⁱ⁾
+
+
+def neighbor_noise(base: Tensor, sigma: float, group: int,
+                   rng: torch.Generator | None = None) -> Tensor:
+    """ε⁽ⁱ⁾ = √(1-σ²) ε* + σ δ⁽ⁱ⁾ with δ⁽ⁱ⁾ ~ N(0, I) (Eq. 1): the same expected squared norm.
+
+    base: any shape -> [group, *base.shape]. sigma in [0, 1], else ValueError: 0 repeats the base,
+    1 draws independent noise.
+    """
+    if not 0 <= sigma <= 1:
+        raise ValueError(f"sigma must be in [0, 1], got {sigma}")
+    device = rng.device if rng else base.device
+    delta = torch.randn(group, *base.shape, generator=rng, device=device).to(base)
+    return (1 - sigma**2) ** 0.5 * base + sigma * delta
 
 
 def branch_noise(noise: Noise, pivot: int, sigma: float, group: int,
@@ -386,15 +402,15 @@ def fork(model: Generator, prompts: list[str], pivot: int, noise: Noise, initial
     for i in range(0, G, size):
         n = min(size, G - i)                                                        # branches
         branch = context.repeat(n)                                                  # line 3
-        x_t, x0 = denoise(model, branch, initial[:, i : i + n].flatten(0, 1),
-                          solver[:, i : i + n].flatten(0, 1))                       # [P n, T, ...]
-        states[:, :, i : i + n] = x_t.unflatten(0, (P, n)).transpose(1, 2)
-        candidates[:, :, i : i + n] = x0.unflatten(0, (P, n)).transpose(1, 2)
-        latents = x0.new_empty(P * n, model.chunks, *model.chunk_shape)
+        visited, reached = denoise(model, branch, initial[:, i : i + n].flatten(0, 1),
+                                   solver[:, i : i + n].flatten(0, 1))              # [P n, T, ...]
+        states[:, :, i : i + n] = visited.unflatten(0, (P, n)).transpose(1, 2)
+        candidates[:, :, i : i + n] = reached.unflatten(0, (P, n)).transpose(1, 2)
+        latents = reached.new_empty(P * n, model.chunks, *model.chunk_shape)
         latents[:, :pivot] = prefix.repeat_interleave(n, 0)
-        latents[:, pivot] = x0[:, -1]
+        latents[:, pivot] = reached[:, -1]
         if pivot + 1 < model.chunks:                                                # line 5
-            branch = model.extend(branch, x0[:, -1])
+            branch = model.extend(branch, reached[:, -1])
             latents[:, pivot + 1 :] = rollout(model, branch, noise.repeat(n), pivot + 1,
                                               model.chunks)[0]
         clips.append(model.decode(latents).unflatten(0, (P, n)))
@@ -402,20 +418,6 @@ def fork(model: Generator, prompts: list[str], pivot: int, noise: Noise, initial
 
 
 # ------------------------------------------------------------------ objective (pure functions)
-
-def neighbor_noise(base: Tensor, sigma: float, group: int,
-                   rng: torch.Generator | None = None) -> Tensor:
-    """ε⁽ⁱ⁾ = √(1-σ²) ε* + σ δ⁽ⁱ⁾ with δ⁽ⁱ⁾ ~ N(0, I) (Eq. 1): the same expected squared norm.
-
-    base: any shape -> [group, *base.shape]. sigma in [0, 1], else ValueError: 0 repeats the base,
-    1 draws independent noise.
-    """
-    if not 0 <= sigma <= 1:
-        raise ValueError(f"sigma must be in [0, 1], got {sigma}")
-    device = rng.device if rng else base.device
-    delta = torch.randn(group, *base.shape, generator=rng, device=device).to(base)
-    return (1 - sigma**2) ** 0.5 * base + sigma * delta
-
 
 def group_advantages(rewards: Tensor, power: float = 0.0, floor: float = 1e-6) -> Tensor:
     """A⁽ⁱ⁾ = (r⁽ⁱ⁾ - r̄) / σ_r over the last axis (Eq. 3), σ_r without Bessel's correction.
@@ -442,7 +444,7 @@ def surrogate_log_policy(candidates: Tensor, anchor: Tensor, tau: float) -> Tens
 
     candidates [..., G, D] are constants, anchor [..., D] carries the gradient; leading axes
     broadcast -> [..., G], in float32 at least. Departure: d is the mean over the D elements, not
-    the sum, so that one τ serves chunks of any size (the paper's τ is τ D).
+    the sum, so that one τ serves chunks of any size (the paper, which gives no value, has τ D).
     """
     dtype = torch.promote_types(anchor.dtype, torch.float32)
     d = (candidates.to(dtype) - anchor.to(dtype).unsqueeze(-2)).square().mean(-1)
@@ -470,9 +472,9 @@ PEFT = "base_model.model."                          # before the layer's name in
 class Adapter:
     """LoRA next to linear layers: y = W x + (α/r) B A x (Hu et al. 2021); B starts at zero.
 
-    update and iterate need of an adapter only parameters() and on(model)
-    (examples/peft_adapter.py is peft's). weights: {layer: (A [r, in], B [out, r])}, float32
-    whatever the layer's dtype. Convolutions, embeddings and norms get no LoRA.
+    update and iterate need only parameters() and on(model) from an adapter, so peft's LoRA works
+    too (examples/peft_adapter.py). weights: {layer: (A [r, in], B [out, r])}, float32 whatever the
+    layer's dtype. Convolutions, embeddings and norms get no LoRA.
     """
 
     def __init__(self, weights: dict[str, tuple[Tensor, Tensor]], alpha: float):
@@ -501,7 +503,8 @@ class Adapter:
     def on(self, model: nn.Module):
         """Inside, the model is the adapted one. Hooks add the low-rank terms to the outputs; where
         no gradient is recorded (torch.no_grad), float32 layers get merged weights instead, which is
-        faster. All is undone exactly; several adapters add up, one twice is a RuntimeError."""
+        faster. Everything is restored on exit. Several adapters add up; one that is on already
+        raises RuntimeError."""
         if self.applied:
             raise RuntimeError("the adapter is on already; update and iterate put it on themselves")
         scale, dynamo = self.alpha / self.rank, sys.modules.get("torch._dynamo")
@@ -579,8 +582,8 @@ def trained_on(model: nn.Module) -> dict:
 # ------------------------------------------------------------------ replay and update
 
 def replay(model: Generator, branches: Fork, step: Tensor, anchor: Tensor) -> Tensor:
-    """Eq. 4: predict again from the states of K pairs of a step and an anchor, indices [K] each, as
-    one batch -> x^(θ) [P, K, *chunk_shape]. The only forward pass that is differentiated."""
+    """Eq. 4: predict again for K pairs of a step and an anchor, two tensors of indices [K], as one
+    batch -> x^(θ) [P, K, *chunk_shape]. The only forward pass that is differentiated."""
     x_t = branches.states[:, step, anchor]
     P, K = x_t.shape[:2]
     x_t = x_t.flatten(0, 1)
@@ -593,8 +596,8 @@ def replay(model: Generator, branches: Fork, step: Tensor, anchor: Tensor) -> Te
 
 def draw_pairs(T: int, group: int, anchors: int, rng: torch.Generator) -> Tensor:
     """Symmetric anchor sampling (Sec. 3.1): B of the G candidates -> all K = T B pairs of a step
-    and an anchor, [K, 2]. Departure: the prompts of a fork share the pairs, and so do its updates.
-    """
+    and an anchor, [K, 2]. Departure: all prompts of a fork, and all updates on it, use the same
+    pairs."""
     drawn = torch.randperm(group, generator=rng)[:anchors]
     return torch.cartesian_prod(torch.arange(T), drawn)
 
@@ -622,13 +625,15 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
     its gradient is summed over slices of method.micro rows, and averaged over processes, which have
     other groups. Returns scalars, on the device:
 
-    replay_error     mean |log π_old - log π of the rollout|: rounding, if replay is the rollout
+    replay_error     mean |log π_old - log π of the rollout|: rounding alone, if all is well
     ratio_first      mean ρ at the first step; on-policy exactly 1
     clip_fraction    share of terms whose gradient the clip sets to zero, at the last step
     grad_norm        mean over steps
-    skipped          steps left out because their gradient was not finite
+    skipped          steps left out because their gradient was not finite. Departure: so a prefix
+                     that is not finite costs all P prompts the update
     """
-    pairs = draw_pairs(len(model.timesteps), method.group, method.anchors, rng).to(model.device)
+    pairs = draw_pairs(len(model.timesteps), rewards.shape[1], method.anchors, rng)
+    pairs = pairs.to(model.device)
     size = max(1, method.micro // len(rewards)) if method.micro else len(pairs)
     slices = [(part[:, 0], part[:, 1]) for part in pairs.split(size)]
     advantages = group_advantages(rewards, method.quasi_norm, method.floor)[:, None]       # line 7
@@ -640,8 +645,8 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
         x = replay(model, branches, step, anchor).flatten(2)            # [P, k, D]
         return surrogate_log_policy(branches.candidates[:, step].flatten(3), x, method.tau)
 
-    # Departure: π_old is of a replay, because a rollout may round differently. Not under no_grad,
-    # where the adapter would be merged into the weights, so that the first ratio is exactly 1.
+    # Departure: π_old is of a replay, because a rollout may round differently. It is not under
+    # no_grad, so that the adapter acts by hooks as it does below, and the first ratio is exactly 1.
     with nullcontext() if buffered else adapter.on(model):
         old = [log_policy(*part).detach() for part in slices]
     norms, ratios, skipped = [], [], 0
@@ -679,8 +684,8 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
 # ------------------------------------------------------------------ exploration and buffer
 
 def rewarded(branches: Fork, clips: Tensor, reward: Callable) -> dict[str, Tensor]:
-    """The scores [P, G] of the branches' clips [P, G, ...]. A branch that is not finite gets NaN,
-    which is no advantage and no anchor; what is not finite in its tensors becomes 0."""
+    """The scores [P, G] of the branches' clips [P, G, ...]. A branch that is not finite is scored
+    NaN, so that its advantage and its terms as an anchor are 0, and its tensors are made finite."""
     P, G = clips.shape[:2]
     scores = reward(clips.flatten(0, 1), [p for p in branches.prompts for _ in range(G)])
     finite = branches.candidates.isfinite().transpose(1, 2).flatten(2).all(2)
@@ -694,8 +699,8 @@ def rewarded(branches: Fork, clips: Tensor, reward: Callable) -> dict[str, Tenso
 @torch.no_grad()
 def explore(model: Generator, method: Method, prompts: list[str], reward: Callable,
             rng: torch.Generator) -> tuple[Fork, dict[str, Tensor]]:
-    """Algorithm 1, lines 1 to 5, for P = method.prompts of the prompts -> Fork, {"reward", ...:
-    [P, G]}. Raises ValueError if there are fewer prompts.
+    """Algorithm 1, lines 1 to 5, for P = method.prompts prompts drawn at random -> Fork, {"reward",
+    ...: [P, G]}. Raises ValueError if there are fewer prompts.
 
     reward(clips [N, ...] as model.decode gives them, prompts) -> {"reward": [N], others: [N]}.
     Departure: the P prompts share the pivot, so that they run as one batch.
@@ -770,7 +775,7 @@ def reward_metrics(scores: dict[str, Tensor], floor: float) -> dict[str, Tensor]
 
 
 def metrics(rows: list[dict[str, Tensor]], drawn: list[Fork], began: float) -> dict:
-    """A row for the CSV from the rows of an iteration's draws."""
+    """One row for the CSV: the average of the rows of an iteration's draws."""
     table = torch.stack([torch.stack(list(row.values())) for row in rows])      # [draws, metrics]
     row = dict(zip(rows[0], average_(table.mean(0)).tolist()))
     row |= {name: row[name] * len(rows) for name in ("skipped", "not_finite")}
@@ -1128,8 +1133,9 @@ def choose_device(name: str) -> str:
 def load(settings: Settings, scales: dict | None = None) -> tuple[Generator, Callable, Callable]:
     """The base, the reward and the buffer's reward.
 
-    Departure: each reward is standardised on the base's clips before the weighted mean is taken.
-    These clips do not depend on the seed. scales: those of the run, with --resume.
+    Departure: each reward is standardised on the base's clips before the weighted mean is taken,
+    and the default has no VQ, which makes shapes grow. The clips do not depend on the seed. scales:
+    those of the run, with --resume.
     """
     device = choose_device(settings.device)
     rewards = load_rewards([settings.reward, settings.buffer_reward], device, settings.clip)

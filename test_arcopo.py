@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import fields
@@ -29,7 +28,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributions import Normal
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import arcopo
@@ -105,36 +103,29 @@ def test_settings_refuse_nonsense_by_name(name, values):
                 build(**{name: value})
 
 
-# ------------------------------------------------------------------ world, judge
+# ------------------------------------------------------------------ world, judge, rewards
 
 def test_split_is_fixed_and_disjoint():
     assert len(TRAIN_PROMPTS) == 96 and len(HELD_OUT_PROMPTS) == 24
     assert not set(TRAIN_PROMPTS) & set(HELD_OUT_PROMPTS)
     assert set(reward.JUDGE_PROMPTS["training"]) <= set(TRAIN_PROMPTS)
-    for word in sum(map(list, reward.WORDS), []):
-        assert any(word in p for p in TRAIN_PROMPTS) and any(word in p for p in HELD_OUT_PROMPTS)
 
 
 def test_judge_is_near_perfect_on_the_sharp_world_and_low_on_any_other():
-    """Blur, noise and dimming lower visual; noise and flicker lower motion; text stays right."""
     triples = reward.attributes(TRAIN_PROMPTS).tolist()
     wrong = [reward.prompt_of((c + 1) % 6, (s + 1) % 4, (m + 1) % 5) for c, s, m in triples]
     clips = make_clips(TRAIN_PROMPTS, seeded(0), "sharp")
     sharp, low = judge(clips, TRAIN_PROMPTS), judge(clips, wrong)
     assert sharp["all_right"].mean() > 0.99
     assert sharp["visual"].min() > 0.9 and sharp["motion_quality"].min() > 0.85
-    for name in ("colour", "shape", "direction", "text", "all_right"):
-        assert low[name].mean() < 0.02
+    assert all(low[name].mean() < 0.02 for name in ("colour", "shape", "direction"))
     for quality, visual, motion in (("blurry", 0.8, 1), ("noisy", 0.3, 0.7), ("dim", 0.55, 1),
                                     ("flickering", 0.7, 0.55)):
         scores = judge(make_clips(TRAIN_PROMPTS, seeded(0), quality), TRAIN_PROMPTS)
         assert scores["visual"].mean() < visual and scores["motion_quality"].mean() < motion
-        assert scores["text"].mean() > 0.95 and (scores["visual"] < sharp["visual"] - 0.1).all()
+        assert scores["text"].mean() > 0.95
     empty = judge(torch.full((2, 12, 3, 32, 32), 0.06), PROMPTS[:2])
-    assert all(empty[name].max() == 0 for name in ("text", "all_right", "visual", "motion_quality"))
-    moving = [p for p in TRAIN_PROMPTS if "moving" in p]
-    frozen = judge(make_clips(moving, seeded(0), "sharp")[:, :1].expand(-1, 12, 3, 32, 32), moving)
-    assert frozen["direction"].max() == 0 and frozen["displacement"].max() < 0.01
+    assert all(empty[name].max() == 0 for name in ("text", "visual", "motion_quality"))
 
 
 def test_evaluate_scores_each_clip_and_the_spread_of_each_prompt():
@@ -148,8 +139,6 @@ def test_evaluate_scores_each_clip_and_the_spread_of_each_prompt():
     assert torch.allclose(found["spread"], torch.hypot(*half)[:, None].expand(3, 2), atol=1e-4)
     assert evaluate(clips[::2], PROMPTS, brightness)["spread"].isnan().all()
 
-
-# ------------------------------------------------------------------ rewards
 
 @pytest.fixture(scope="module")
 def clip():
@@ -205,22 +194,18 @@ def test_weighted_reward_puts_the_components_on_one_scale():
     assert list(found) == ["reward", *parts] and torch.equal(found["my:2"], 1e6 * clips[:, 2])
 
 
-def test_a_reward_that_fails_is_constant_or_returns_something_else_is_named(capsys):
-    for value, says in ((None, "returned NoneType"), ({"reward": 1}, "returned dict"),
-                        (torch.zeros(3, 1), "returned a tensor of shape (3, 1) for 3 clips"),
-                        (1.0, "returned a tensor of shape ()"),
-                        (torch.full((3,), 0.1), "is the same number for all"),
-                        (torch.full((3,), math.nan), "is the same number for all")):
-        bad = WeightedReward({"my:f": lambda clips, prompts: value}, {"my:f": 1.0})
+def test_a_reward_that_fails_is_constant_or_returns_something_else_is_named():
+    for value, says in ((lambda: None, "returned NoneType"),
+                        (lambda: torch.zeros(3, 1), "returned a tensor of shape (3, 1) for 3"),
+                        (lambda: torch.full((3,), 0.1), "is the same number for all"),
+                        (lambda: torch.full((3,), math.nan), "is the same number for all"),
+                        (lambda: 1 / 0, "failed")):
+        bad = WeightedReward({"my:f": lambda clips, prompts: value()}, {"my:f": 1.0})
         with pytest.raises(UserError, match=re.escape(f"--reward my:f: {says}")):
             bad.measure_scales(torch.zeros(3, 1), PROMPTS)
-    bad = WeightedReward({"my:f": lambda clips, prompts: 1 / 0}, {"my:f": 1.0})
-    with pytest.raises(UserError, match="--reward my:f: failed"):
-        bad.measure_scales(torch.zeros(3, 1), PROMPTS)
-    assert "1 / 0" in capsys.readouterr().err               # the traceback
 
 
-# ------------------------------------------------------------------ generator
+# ------------------------------------------------------------------ generator, fork, sampler
 
 def one_pass(model: Generator, x: Tensor, t: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
     """Without a cache: all chunks x [N, L, ...] at times t [N, L] in one pass with the block-causal
@@ -289,23 +274,16 @@ def test_the_shipped_base_is_good_and_imperfect():
     assert 0.6 < scores["visual"].mean() < 0.8
 
 
-# ------------------------------------------------------------------ fork, sampler
-
 @pytest.mark.parametrize("flow", [False, True])
 @pytest.mark.parametrize("pivot", [0, 2])
 def test_fork(pivot, flow):
-    """Its branches are equal before the pivot; at sigma -> 0 each is the clip of the base noise."""
+    """Its branches are equal before the pivot; at sigma = 0 each is the clip of the base noise."""
     model = tiny(flow=flow)
-    branches, clips = forked(model, pivot)
-    chunks = clips.unflatten(2, (CHUNKS, -1))               # [P, G, L, ...]
+    chunks = forked(model, pivot)[1].unflatten(2, (CHUNKS, -1))         # [P, G, L, ...]
     assert torch.equal(chunks[:, :, :pivot], chunks[:, :1, :pivot].expand_as(chunks[:, :, :pivot]))
     assert (chunks[:, 1:, pivot] != chunks[:, :1, pivot]).any()
-    last = model.decode(branches.candidates[:, -1].flatten(0, 1)[:, None]).unflatten(0, (3, 4))
-    assert torch.allclose(last, chunks[:, :, pivot])
-    assert torch.equal(forked(model, pivot)[1], clips)
     plain = sample(model, PROMPTS, draw_noise(model, 3, seeded(0)))[:, None]
     assert (forked(model, pivot, 0)[1] - plain).abs().max() < 1e-5
-    assert (forked(model, pivot, 1e-7)[1] - plain).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["initial", "solver"])
@@ -338,18 +316,6 @@ def test_explore_forks_random_prompts_and_pivots_by_neighbours_of_the_initial_no
     assert {pivot for pivot, p in places} == {0, 1, 2, 3} and {p for _, p in places} == set(PROMPTS)
 
 
-def test_the_flow_sampler_solves_its_ode():
-    """For x0 ~ N(2, s²) the ODE has a closed form, x_0 = 2 + s x_1; Euler is close to it."""
-    s, times = 0.5, tuple(torch.linspace(1, 0.001, 1000).tolist())
-    gain = lambda t: (1 - t) * s**2 / ((1 - t) ** 2 * s**2 + t**2)
-    predict = lambda x, t, context: 2 + gain(t) * (x - (1 - t) * 2)         # E[x0 | x_t]
-    model = SimpleNamespace(timesteps=times, flow=True, predict=predict)
-    initial = torch.randn(2, 5, generator=seeded(0))
-    states, candidates = denoise(model, None, initial, initial[:, None][:, :0])
-    assert torch.allclose(candidates[:, -1], 2 + s * initial, atol=0.01)
-    assert torch.equal(states[:, 1:], candidates[:, :-1])
-
-
 @pytest.mark.parametrize("flow", [False, True])
 def test_sampler_re_noises_as_self_forcing_or_takes_euler_steps(flow):
     """With a model that predicts 3, every state but the first is (1 - t) 3 + t noise: new noise, or
@@ -364,12 +330,9 @@ def test_sampler_re_noises_as_self_forcing_or_takes_euler_steps(flow):
         assert torch.allclose(states[:, i + 1], (1 - t) * 3 + t * noise, atol=1e-6)
 
 
-# ------------------------------------------------------------------ random streams
-
 def test_no_two_random_streams_coincide():
     """Whatever the seed, beyond 32 and 63 bits too, and whatever the names after it."""
-    streams = [(name,) for name in ("calibration", "judging", "curve", "sampling", "study")]
-    streams += [("explored", part) for part in ("adapter", *range(5))] + [("explored", 1, 1)]
+    streams = [("curve",), ("explored", "adapter"), ("explored", 1), ("explored", 1, 1)]
     drawn = [torch.randint(2**62, (2,), generator=seeded(seed, *stream)).tolist()
              for seed in (*range(100), 2**31, 2**32, 2**63, -1, 10**18) for stream in streams]
     assert len({tuple(numbers) for numbers in drawn}) == len(drawn)
@@ -406,6 +369,10 @@ def test_group_advantages():
         assert nearly.abs().max() < 0.05 * group_advantages(rewards, p).abs().max()
     half = torch.tensor([0.0, 300, 600, 900]).half()        # the squares are beyond float16
     assert torch.equal(group_advantages(half), group_advantages(half.float()))
+    rewards[0, 0], rewards[1] = math.nan, -math.inf         # left out
+    found = group_advantages(rewards)
+    assert torch.allclose(found[0, 1:], group_advantages(rewards[0, 1:])) and found[0, 0] == 0
+    assert (found[1] == 0).all() and torch.equal(found[2:], A[2:])
 
 
 def objective(anchor: Tensor, candidates: Tensor, advantages: Tensor, tau: float, old: Tensor,
@@ -452,22 +419,6 @@ def test_clip_stops_the_gradient_only_where_it_was_already_won():
     assert torch.equal(far.grad, torch.zeros(2))
 
 
-def test_a_wide_clip_is_no_clip_and_eq_3_holds():
-    g = seeded(0)
-    log_ratio, A = 0.3 * torch.randn(12, generator=g), torch.randn(12, generator=g)
-    assert clipped_objective(log_ratio, A, 100.0) == clipped_objective(log_ratio, A, math.inf)
-    terms = [min(r * a, min(max(r, 0.9), 1.1) * a)
-             for r, a in zip(log_ratio.exp().tolist(), A.tolist())]
-    assert clipped_objective(log_ratio, A, 0.1).item() == pytest.approx(sum(terms) / 12, rel=1e-5)
-
-
-def test_tau_does_not_depend_on_the_size_of_a_chunk():
-    candidates, anchor = torch.randn(6, 8, generator=seeded(0)), torch.randn(8, generator=seeded(1))
-    small = surrogate_log_policy(candidates, anchor, 0.03)
-    large = surrogate_log_policy(candidates.repeat(1, 50), anchor.repeat(50), 0.03)
-    assert torch.allclose(small, large, rtol=1e-5)
-
-
 def test_pairs_are_all_steps_with_the_same_random_anchors():
     counts = torch.zeros(5)
     for i in range(1000):
@@ -480,14 +431,13 @@ def test_pairs_are_all_steps_with_the_same_random_anchors():
 
 # ------------------------------------------------------------------ replay and update
 
-def trainer(model: nn.Module, adapter: Adapter, lr: float = 1e-2, buffer=None, reward=brightness,
-            prompts=TRAIN_PROMPTS, **changes) -> Callable:
+def trainer(model: nn.Module, adapter: Adapter, buffer=None, prompts=TRAIN_PROMPTS,
+            **changes) -> Callable:
     """step -> the row of iterate; with a buffer, of iterate_buffered."""
-    method = tiny_method(**changes)
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr, weight_decay=0)
-    parts = model, adapter, optimizer, method
+    optimizer = torch.optim.AdamW(adapter.parameters(), 1e-2, weight_decay=0)
+    parts = model, adapter, optimizer, tiny_method(**changes)
     if buffer is None:
-        return lambda step: iterate(*parts, prompts, reward, seeded(0, step))
+        return lambda step: iterate(*parts, prompts, brightness, seeded(0, step))
     return lambda step: iterate_buffered(*parts, buffer, seeded(0, step))
 
 
@@ -520,36 +470,24 @@ def test_cuda_computes_in_true_float32_and_deterministically():
 
 
 @pytest.mark.parametrize("flow", [False, True])
-@pytest.mark.parametrize("anchors", [1, 4])
-def test_replay_is_the_rollout_and_the_first_ratio_is_exactly_one(flow, anchors):
-    """Also where a low τ makes the rounding between replay and rollout large."""
+def test_replay_is_the_rollout_and_the_first_ratio_is_exactly_one(flow):
+    """Also where a low τ makes rounding large. replay_error tells another model's rollout."""
     model, rewards = tiny(flow=flow), torch.randn(3, 4, generator=seeded(0))
-    adapter = nonzero(new_adapter(model))
+    adapter, other = nonzero(new_adapter(model)), copy.deepcopy(model)
+    other.head.weight.data *= 1.01
     with torch.no_grad(), adapter.on(model):
         branches = forked(model, 1)[0]
-    pairs = draw_pairs(4, 4, anchors, seeded(1)).T
+    step, anchor = draw_pairs(4, 4, 4, seeded(1)).T
     with adapter.on(model):
-        replayed = replay(model, branches, *pairs)
-    assert torch.allclose(replayed, branches.candidates[:, pairs[0], pairs[1]], atol=1e-5)
-    for tau in (1e-4, 0.03):
-        optimizer = torch.optim.SGD(adapter.parameters(), 0.1 if tau == 0.03 else 0.0)
-        row = update(model, adapter, optimizer, branches, rewards,
-                     tiny_method(anchors=anchors, tau=tau), seeded(1))
-        assert row["ratio_first"] == 1 and row["skipped"] == 0
-    assert row["clip_fraction"] > 0 and row["replay_error"] < 1e-4
-
-
-def test_replay_error_shows_that_replay_and_rollout_disagree():
-    """Rounding if they agree; much more if the rollout was another model's."""
-    model, other, errors = tiny(), tiny(), []
-    for p in other.head.parameters():
-        p.data *= 1.01
-    for rollouts, buffered in ((model, False), (model, True), (other, False), (other, True)):
-        adapter, rewards = new_adapter(model), torch.randn(3, 4, generator=seeded(0))
-        optimizer = torch.optim.SGD(adapter.parameters(), 0.1)
-        errors.append(update(model, adapter, optimizer, forked(rollouts, 1)[0], rewards,
-                             tiny_method(), seeded(1), buffered)["replay_error"])
-    assert max(errors[:2]) < 1e-4 and min(errors[2:]) > 30 * max(errors[:2])
+        replayed = replay(model, branches, step, anchor)
+    assert torch.allclose(replayed, branches.candidates[:, step, anchor], atol=1e-5)
+    rows = []
+    for replaying, tau, lr in ((other, 0.03, 0), (model, 1e-4, 0), (model, 0.03, 0.1)):
+        optimizer, method = torch.optim.SGD(adapter.parameters(), lr), tiny_method(tau=tau)
+        rows.append(update(replaying, adapter, optimizer, branches, rewards, method, seeded(1)))
+        assert rows[-1]["ratio_first"] == 1 and rows[-1]["skipped"] == 0
+    assert rows[2]["clip_fraction"] > 0 and rows[2]["replay_error"] < 1e-4
+    assert rows[0]["replay_error"] > 30 * rows[2]["replay_error"]
 
 
 @pytest.mark.parametrize("buffered", [False, True])
@@ -557,67 +495,46 @@ def test_training_changes_only_the_adapter(buffered):
     model, start, clips = tiny(), new_adapter(tiny()), []
     before, adapter = copy.deepcopy(model.state_dict()), new_adapter(model)
     noise = draw_noise(model, 3, seeded(0))
-    row = trainer(model, adapter, buffer=tiny_buffer(model) if buffered else None)(0)
+    row = trainer(model, adapter, buffer=tiny_buffer(model) if buffered else None, updates=1)(0)
+    assert row["skipped"] == 0 and row["ratio_first"] == 1      # B = 0: π_θ is the reference too
     for own in (nullcontext(), start.on(model), adapter.on(model)):
         with own:
             clips.append(sample(model, PROMPTS, noise))
-    assert torch.equal(clips[0], clips[1])              # B = 0: the base itself
-    assert not torch.equal(clips[0], clips[2]) and row["skipped"] == 0
+    assert torch.equal(clips[0], clips[1]) and not torch.equal(clips[0], clips[2])
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
 
 
-# ------------------------------------------------------------------ buffer
+# ------------------------------------------------------------------ buffer, merging, numbers that are not finite
 
 def test_the_buffer_comes_from_the_reference():
     """An entry is the fork of the base itself, with the reward of its clips, in memory of its own:
     a reward may use one tensor again and again."""
-    model, own, tensors = tiny(), torch.zeros(8), ("prefix", "states", "candidates")
+    model, own = tiny(), torch.zeros(8)
     again = lambda clips, prompts: {"reward": own.copy_(clips.flatten(1).mean(1))}
     buffer = collect_buffer(model, tiny_method(), TRAIN_PROMPTS, again, 4, 0)
     branches, scores = explore(model, tiny_method(), TRAIN_PROMPTS, brightness,
                                seeded(0, "buffer", 0))
     assert len(buffer) == 4
     for n, group in enumerate(buffer[:2]):
-        assert set(group) == {"prompt", "scores", *tensors}
         assert torch.equal(group["scores"]["reward"], scores["reward"][n])
         assert group["prompt"] == branches.prompts[n]
-        assert all(torch.equal(group[name], getattr(branches, name)[n].half()) for name in tensors)
+        for name in ("prefix", "states", "candidates"):
+            assert torch.equal(group[name], getattr(branches, name)[n].half())
 
 
-def test_the_context_of_a_drawn_group_is_that_of_the_rollout_but_for_rounding():
-    model = tiny()
-    found = forked(model, 2)[0]
-    half = {name: getattr(found, name)[0].half() for name in ("prefix", "states", "candidates")}
-    one = half | {"prompt": found.prompts[0], "scores": {"reward": torch.zeros(4)}}
-    drawn, _ = draw_from([one], model, 1, seeded(0))
-    assert torch.allclose(drawn.context.kv, found.context.kv[:1], rtol=0.01, atol=0.01)
-    assert not torch.equal(drawn.context.kv, found.context.kv[:1])
-
-
-def buffer_tensors(buffer: arcopo.Buffer) -> list[Tensor]:
-    return [x for group in buffer for x in (*group.values(), *group["scores"].values())
-            if isinstance(x, Tensor)]
-
-
-def test_the_buffer_never_changes_and_is_read_back(tmp_path):
+def test_training_never_changes_the_buffer_and_a_file_gives_it_back(tmp_path):
     """Also rewards that are not finite: training leaves them out, so a file may have them."""
     model, file = tiny(), tmp_path / "buffer.pt"
-    some = lambda clips, prompts: {"reward": clips.flatten(1).mean(1).index_fill(
-        0, torch.tensor([1]), math.nan)}
-    buffer = collect_buffer(model, tiny_settings(), TRAIN_PROMPTS, some, 6, 0)
+    buffer = tiny_buffer(model)
+    for group in buffer:
+        group["scores"]["reward"][1] = math.nan
     arcopo.save_whole(buffer, file)
-    before, versions = copy.deepcopy(buffer), [x._version for x in buffer_tensors(buffer)]
     step = trainer(model, new_adapter(model), buffer=buffer, clip_range=math.inf)
-    for i in range(4):
-        step(i)
-    assert versions == [x._version for x in buffer_tensors(buffer)]         # counts writes in place
-    again = torch.load(file, weights_only=True)
-    assert len(again) == 6
-    for other in (buffer, again):
-        assert [group["prompt"] for group in other] == [group["prompt"] for group in before]
-        pairs = zip(buffer_tensors(other), buffer_tensors(before), strict=True)
-        assert all(x.dtype == y.dtype and x.allclose(y, 0, 0, equal_nan=True) for x, y in pairs)
+    assert [step(i)["skipped"] for i in range(4)] == [0] * 4
+    for group, saved in zip(buffer, torch.load(file, weights_only=True), strict=True):
+        assert group.pop("prompt") == saved.pop("prompt")
+        torch.testing.assert_close(group, saved, rtol=0, atol=0, equal_nan=True)
 
 
 def test_draws_return_unchanged_entries_of_one_pivot():
@@ -637,15 +554,6 @@ def test_draws_return_unchanged_entries_of_one_pivot():
                 assert torch.equal(getattr(branches, name)[n], buffer[row][name].float())
     assert len(seen) == len(buffer)             # every entry is drawn sooner or later
 
-
-def test_with_the_adapter_at_zero_the_ratio_of_semi_is_one_and_then_moves_away():
-    model = tiny()
-    step = trainer(model, new_adapter(model), buffer=tiny_buffer(model), updates=1)
-    rows = [step(i) for i in range(3)]
-    assert rows[0]["ratio_first"] == 1 != rows[2]["ratio_first"]    # against π_ref, not itself
-
-
-# ------------------------------------------------------------------ merging and the choice of s
 
 @pytest.mark.parametrize("scores, s", [
     ({0.4: (0.1, 0.6), 0.8: (0.2, 0.51), 1.0: (0.9, 0.49)}, 0.8),       # 1.0 is reward hacking
@@ -672,8 +580,7 @@ def test_merging_two_adapters_equals_applying_both(tmp_path):
 
 
 def test_hooks_and_merged_weights_are_the_same_adapter_and_undone_exactly():
-    """W + (α/r) B A by hand, to rounding. The base is bit-equal after, also nested and after an
-    exception."""
+    """W + (α/r) B A by hand, to rounding; also nested and after an exception."""
     model, changed = tiny(), tiny()
     a, b = (nonzero(Adapter.new(model, 4, 8.0, seeded(i)), i) for i in (1, 2))
     x, context = torch.randn(3, *model.chunk_shape, generator=seeded(0)), model.begin(PROMPTS)
@@ -685,40 +592,16 @@ def test_hooks_and_merged_weights_are_the_same_adapter_and_undone_exactly():
         by_hand.append(predict(changed))
     assert all((x - y).abs().max() > 0.01 for x, y in zip(by_hand, by_hand[1:]))
     before = copy.deepcopy(model.state_dict())
-    for mode in (torch.enable_grad, torch.no_grad):
+    for mode, hooks in ((torch.enable_grad, len(a.weights)), (torch.no_grad, 0)):
         with mode(), pytest.raises(KeyError), a.on(model):
-            hooks = sum(len(m._forward_hooks) for m in model.modules())
-            assert hooks == (len(a.weights) if mode is torch.enable_grad else 0)
+            assert sum(len(m._forward_hooks) for m in model.modules()) == hooks
             one = predict()
             with b.on(model):
                 assert torch.allclose(predict(), by_hand[2], atol=1e-5)
             assert torch.equal(predict(), one) and torch.allclose(one, by_hand[1], atol=1e-5)
             raise KeyError
-        assert not any(m._forward_hooks for m in model.modules())
         assert torch.equal(predict(), by_hand[0])
         assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
-
-
-# ------------------------------------------------------------------ numbers that are not finite
-
-@pytest.mark.parametrize("bad", [math.nan, -math.inf])
-def test_rewards_that_are_not_finite_are_left_out(bad):
-    """A branch without a finite reward has no advantage, and its group's others keep theirs."""
-    rewards = torch.randn(3, 6, generator=seeded(0))
-    expected, broken = group_advantages(rewards[:, 1:]), rewards.clone()
-    broken[0, 0], broken[1] = bad, bad
-    found = group_advantages(broken)
-    assert torch.allclose(found[0, 1:], expected[0], atol=1e-6) and found[0, 0] == 0
-    assert (found[1] == 0).all() and torch.equal(found[2], group_advantages(rewards[2]))
-
-
-def test_a_clip_that_is_not_finite_has_no_reward_whatever_the_reward_says():
-    model = tiny()
-    model.decode = lambda latents: torch.cat([latents[:1] * math.nan, latents[1:]])
-    constant = lambda clips, prompts: {"reward": torch.ones(len(clips))}
-    branches, scores = explore(model, tiny_method(), PROMPTS, constant, seeded(0))
-    assert scores["reward"][0, 0].isnan() and scores["reward"].isfinite().sum() == 7
-    assert branches.states.isfinite().all() and branches.candidates.isfinite().all()
 
 
 @pytest.mark.parametrize("buffered", [False, True])
@@ -746,58 +629,35 @@ def test_a_branch_that_is_not_finite_stays_out_of_the_update(flow, buffered):
     assert not near(slope(branches, rewards), whole)
 
 
-@pytest.mark.parametrize("where", ["reward", "branches", "context"])
-def test_a_prompt_that_is_not_finite(where):
-    """Where its branches are broken, the others are trained, at two thirds of the weight; where its
-    context is, the update is skipped."""
+@pytest.mark.parametrize("where", ["reward", "branches", "clips"])
+def test_a_prompt_that_is_not_finite_is_left_out(where):
+    """The others are trained, at two thirds of the weight. If its context is not finite either, no
+    gradient is left, and the update is skipped."""
     model = tiny()
     adapter, (branches, clips) = nonzero(new_adapter(model)), forked(model, 1)
-    if where == "context":
-        branches.context.words[1] = math.nan
-    if where != "reward":
-        branches.candidates[1] = math.nan
-    broken = lambda clips, prompts: {"reward": clips.flatten(1).mean(1).masked_fill(
-        torch.tensor([p == PROMPTS[1] for p in prompts]), math.nan)}
-    scores = broken if where == "reward" else brightness
-    rewards = arcopo.rewarded(branches, clips, scores)["reward"]
+    scores = clips.flatten(2).mean(2)
+    {"reward": scores, "branches": branches.candidates, "clips": clips}[where][1] = math.nan
+    rewards = arcopo.rewarded(branches, clips, lambda *a: {"reward": scores.flatten()})["reward"]
     assert rewards.isfinite().all(1).tolist() == [True, False, True] and rewards[1].isnan().all()
-    if where == "context":
-        row = update(model, adapter, torch.optim.AdamW(adapter.parameters(), 1e-2), branches,
-                     rewards, tiny_method(), seeded(1))
-        start = nonzero(new_adapter(model)).parameters()
-        assert row["skipped"] == 2 and all(map(torch.equal, adapter.parameters(), start))
-        return
     whole, alone = (gradient(model, adapter, of_prompts(branches, rows), rewards[rows], floor=1e-6)
                     for rows in ([0, 1, 2], [0, 2]))
     assert near([3 * x for x in whole], [2 * x for x in alone])
+    branches.context.words[1] = math.nan
+    optimizer = torch.optim.AdamW(adapter.parameters(), 1e-2)
+    row = update(model, adapter, optimizer, branches, rewards, tiny_method(), seeded(1))
+    start = nonzero(new_adapter(model)).parameters()
+    assert row["skipped"] == 2 and all(map(torch.equal, adapter.parameters(), start))
 
 
 @pytest.mark.parametrize("buffered", [False, True])
 def test_a_non_finite_gradient_skips_the_update(buffered):
-    """Each of method.updates, which with a buffer are as many draws. Nothing moves, as where no
-    reward is finite."""
+    """Each of method.updates, which with a buffer are as many draws."""
     model = tiny()
     adapter, before = nonzero(new_adapter(model)), nonzero(new_adapter(model))
-    broken = lambda clips, prompts: {"reward": torch.full((len(clips),), math.nan)}
-    row = trainer(model, adapter, reward=broken)(0)
-    assert row["not_finite"] == 8 and row["flat_groups"] == 1 and row["skipped"] == 0
     adapter.parameters()[0].register_hook(lambda grad: grad * math.inf)
     row = trainer(model, adapter, buffer=tiny_buffer(model) if buffered else None, updates=3)(0)
     assert row["skipped"] == 3 and len(row["pivot"].split()) == (3 if buffered else 1)
-    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), adapter.parameters()))
-
-
-def test_a_few_iterations_raise_a_simple_reward():
-    model = tiny()
-    adapter = Adapter.new(model, 4, 8.0, seeded(0))
-    prompts, noise = TRAIN_PROMPTS[:12], draw_noise(model, 12, seeded(7))
-    before = brightness(sample(model, prompts, noise), prompts)["reward"]
-    step = trainer(model, adapter, 5e-3, floor=1e-6)
-    for i in range(20):
-        step(i)
-    with adapter.on(model):
-        change = brightness(sample(model, prompts, noise), prompts)["reward"] - before
-    assert change.mean() > 3 * change.std() / len(change) ** 0.5 > 0
+    assert all(map(torch.equal, before.parameters(), adapter.parameters()))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -815,21 +675,6 @@ def test_cuda_agrees_with_the_cpu(buffered):
     for x, y in zip(*(own[:-2] for own in found)):
         assert torch.allclose(x, y, rtol=0.05, atol=1e-3)
     assert found[0][-2:] == pytest.approx(found[1][-2:], rel=0.05)
-
-
-class Transfers(TorchDispatchMode):
-    """Collects the functions of arcopo.py in which a tensor goes from one device to another."""
-    places = ()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        name = function.overloadpacket.__name__
-        if name in ("_to_copy", "copy_", "lift_fresh") and (
-                args[name == "copy_"].device != out.device):
-            names = [frame.name for frame in traceback.extract_stack()
-                     if Path(frame.filename).name == "arcopo.py"]
-            self.places = *self.places, names[-1] if names else ""
-        return out
 
 
 @pytest.mark.skipif(
@@ -866,22 +711,18 @@ def test_training_runs_on_a_fake_gpu(name, monkeypatch):
             buffer = collect_buffer(model, method, TRAIN_PROMPTS, brightness, 2, 0)
             iteration = partial(iterate_buffered, *parts, buffer)
         waits.clear()
-        with Transfers() as transfers:
-            row = iteration(seeded(1))
+        row = iteration(seeded(1))
     assert set(row) >= {"reward", "ratio_first", "grad_norm"}
-    assert set(transfers.places) <= {"update", "begin", "draw_noise", "neighbor_noise",
-                                      "<lambda>"}       # of draw_from
     assert len(waits) == method.updates + 1
 
 
-# ------------------------------------------------------------------ other generators
+# ------------------------------------------------------------------ other generators, adapters
 
 class Cache(NamedTuple):
-    """Key and value buffers with room for all chunks, and how far they are written."""
     text: Tensor            # [N, W]
-    k: Tensor               # [N, chunks * tokens, W]
+    k: Tensor               # [N, chunks * tokens, W], room for all chunks
     v: Tensor
-    end: int
+    end: int                # how far k and v are written
 
     def repeat(self, times: int) -> "Cache":
         return Cache(*(x.repeat_interleave(times, 0) for x in self[:3]), self.end)
@@ -936,10 +777,12 @@ class Other(nn.Module):
         return latents
 
 
-@pytest.mark.parametrize("shape, flow", [((6,), True), ((3, 16, 2, 2), False),
-                                         ((2, 3, 2, 2, 2), True)], ids=str)
-def test_the_core_runs_on_another_generator_of_any_latent_shape(shape, flow):
+@pytest.mark.parametrize("shape, flow, dtype", [
+    ((6,), True, torch.float32), ((3, 16, 2, 2), False, torch.bfloat16),
+    ((2, 3, 2, 2, 2), True, torch.float32)], ids=str)
+def test_the_core_runs_on_another_generator_of_any_latent_shape(shape, flow, dtype):
     model, texts = Other(shape, flow), ["one", "two", "three", "four"]
+    model.predict = lambda *inputs: Other.predict(model, *inputs).to(dtype)
     before, noise = copy.deepcopy(model.state_dict()), draw_noise(model, 4, seeded(0))
     buffer = collect_buffer(model, tiny_method(prompts=3), texts, brightness, 5, 0)
     for own in (None, buffer):
@@ -948,17 +791,8 @@ def test_the_core_runs_on_another_generator_of_any_latent_shape(shape, flow):
         assert row["skipped"] == 0 and row["grad_norm"] > 0 and (own or row["ratio_first"] == 1)
         with adapter.on(model):
             assert sample(model, texts, noise).shape == (4, 3, *shape)
-    assert len(buffer) == 5
+    assert len(buffer) == 5 and forked(model, 1)[0].candidates.dtype == torch.float32
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
-
-
-def test_predictions_of_another_dtype_are_cast_to_float32():
-    model = Other()
-    model.predict = lambda *inputs: Other.predict(model, *inputs).bfloat16()
-    branches, _ = forked(model, 1)
-    assert branches.states.dtype == branches.candidates.dtype == torch.float32
-    row = trainer(model, nonzero(new_adapter(model)))(0)
-    assert row["ratio_first"] == 1 and row["skipped"] == 0 and row["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("model, buffered", [
@@ -995,28 +829,14 @@ def test_an_update_is_the_plain_loop_over_prompts_steps_and_anchors(model, buffe
     assert (row["ratio_first"] == 1) != buffered and (row["clip_fraction"] > 0.1) == buffered
 
 
-def test_the_flow_anchor_is_an_euler_step_of_the_current_policy():
-    """Eq. 2 for FM: x_s^(θ) = x_t - (t - s) v, v = (x_t - x̂₀) / t; the finished chunk at s = 0."""
-    model = tiny(flow=True)
-    branches = forked(model, 1)[0]
-    with nonzero(new_adapter(model)).on(model):
-        replayed = replay(model, branches, torch.arange(4), torch.full((4,), 2))
-        for i, (t, s) in enumerate(zip(model.timesteps, (*model.timesteps[1:], 0.0))):
-            x_t = branches.states[:, i, 2]
-            v = (x_t - model.predict(x_t, t, branches.context)) / t
-            assert torch.allclose(replayed[:, i], x_t - (t - s) * v, atol=1e-5)
-            assert not torch.allclose(replayed[:, i], branches.candidates[:, i, 2], atol=1e-3)
-
-
 @pytest.mark.parametrize("model, buffered", [(Other(), False), (tiny(), True)],
                          ids=["other", "miniature"])
 def test_slices_change_nothing_but_the_memory(model, buffered):
     """micro rows at a time: the same branches, clips, ratios and gradient, to rounding."""
-    found, largest = [], []
+    found, largest, rewards = [], [], torch.randn(3, 4, generator=seeded(2))
     model.register_forward_pre_hook(lambda module, inputs: largest.append(len(inputs[0])))
     for micro in (0, 7, 15):        # of 15, the slices are not equal
         branches, clips = forked(model, 1, micro=micro)
-        rewards = torch.randn(3, 4, generator=seeded(2))
         adapter = nonzero(new_adapter(model))
         optimizer = torch.optim.SGD(adapter.parameters(), 0.1)
         method = tiny_method(micro=micro, clip_range=math.inf)  # rounding decides about a clip
@@ -1038,36 +858,28 @@ def test_gradient_checkpointing_gives_the_same_gradient():
     assert near(*found)
 
 
-# ------------------------------------------------------------------ adapters and their files
-
-def test_lora_is_in_float32_beside_bfloat16_weights(tmp_path):
+def test_lora_is_in_float32_beside_bfloat16_weights():
     model = Other().bfloat16()
     x = torch.randn(5, model.into.in_features, generator=seeded(0)).bfloat16()
     adapter = nonzero(Adapter.new(model, 4, 8.0, seeded(0)))
     A, B = adapter.weights["into"]
-    assert all(p.dtype == torch.float32 for p in adapter.parameters())
     for mode in (torch.enable_grad, torch.no_grad):     # never merged into bfloat16
         with mode(), adapter.on(model):
             delta = (x.float() @ A.T @ B.T).bfloat16()
             expected = torch.add(model.into.forward(x), delta, alpha=2)
-            assert torch.equal(model.into(x), expected)
-    adapter.save(tmp_path, model)
-    for name, pair in Adapter.load(tmp_path, model).weights.items():
-        assert all(torch.equal(x, y) for x, y in zip(pair, adapter.weights[name]))
+            assert torch.equal(model.into(x), expected) and A.dtype == torch.float32
 
 
 def test_an_adapter_of_another_base_or_other_times_is_refused(tmp_path):
     model, folder = tiny(), tmp_path / "run" / "semi"
-    model.fingerprint = "aaaa"
+    other, slower = tiny(), tiny()
+    other.fingerprint, slower.timesteps = "bbbb", (1.0, 0.5)
     Adapter.new(model, 2, 2.0).save(folder, model)
     assert Adapter.load(folder, model).alpha == 2
-    other, slower = (copy.deepcopy(model) for _ in range(2))
-    other.fingerprint, slower.timesteps = "bbbb", (1.0, 0.5)
-    for place, loading, says in (
-            (tmp_path / "run", model, "but in .*semi$"),
-            (tmp_path, model, "there is no adapter_model.safetensors"),
-            (folder, other, r"another base \(aaaa, not bbbb\); see --base"),
-            (folder, slower, r"another timesteps \(\[1.0, 0.6.* not \[1.0, 0.5\]\); see")):
+    for place, loading, says in ((tmp_path / "run", model, "but in .*semi$"),
+                                 (tmp_path, model, "there is no adapter_model.safetensors"),
+                                 (folder, other, "another base .*; see --base"),
+                                 (folder, slower, "another timesteps .*; see --timesteps")):
         with pytest.raises(UserError, match=says):
             Adapter.load(place, loading)
 
@@ -1084,18 +896,14 @@ def test_lora_goes_on_the_layers_named_and_on_nothing_else():
 
 def test_adapters_are_files_that_peft_loads(tmp_path):
     """With peft installed (pip install peft): PeftModel gives the output that `on` gives."""
-    model, names = tiny(), ["adapter_config.json", "adapter_model.safetensors"]
+    model = tiny()
     new = lambda rank, seed: nonzero(Adapter.new(model, rank, 6.0, seeded(seed), r"blocks.*|head"))
     adapter = merge_adapters((new(4, 0), 0.7), (new(3, 1), 1.0))
     adapter.save(tmp_path, model)
-    assert sorted(file.name for file in tmp_path.iterdir()) == names
-    config = json.loads((tmp_path / names[0]).read_text())
-    tensors = load_file(tmp_path / names[1])
-    for name, (A, B) in adapter.weights.items():
-        a, b = (tensors.pop(f"base_model.model.{name}.lora_{x}.weight") for x in "AB")
-        assert torch.equal(a, A) and torch.equal(b, B) and len(A) == config["r"]
-        assert re.fullmatch(config["target_modules"], name)
-    assert not tensors and config["peft_type"] == "LORA" and config["lora_alpha"] == adapter.alpha
+    again = Adapter.load(tmp_path, model)
+    assert again.weights.keys() == adapter.weights.keys() and again.alpha == adapter.alpha
+    for name, pair in adapter.weights.items():
+        assert all(map(torch.equal, again.weights[name], pair))
     peft = pytest.importorskip("peft")
     x, context = torch.randn(3, *model.chunk_shape), model.begin(PROMPTS)
     with adapter.on(model):
@@ -1109,21 +917,14 @@ def test_torch_compile_keeps_the_adapter():
     """Code that was traced with the adapter off is not used with it on, whichever was first."""
     model = tiny()
     adapter, context = nonzero(new_adapter(model)), model.begin(PROMPTS)
-    x = torch.randn(3, *model.chunk_shape, generator=seeded(0))
-
-    def off_on_off_on(predict: Callable) -> list[Tensor]:
-        found = []
-        for switch in (nullcontext, adapter.on, nullcontext, adapter.on):
-            with switch(model):
-                found.append(predict(x, 0.5, context).detach())
-        with torch.no_grad(), adapter.on(model):
-            return [*found, predict(x, 0.5, context)]
-
-    expected = off_on_off_on(model.predict)
-    compiled = off_on_off_on(torch.compile(model.predict, backend="eager"))
-    assert (expected[0] - expected[1]).abs().max() > 0.1
-    for found, right in zip(compiled, expected):
-        assert torch.allclose(found, right, atol=1e-5)
+    x, off = torch.randn(3, *model.chunk_shape, generator=seeded(0)), nullcontext
+    compiled = torch.compile(model.predict, backend="eager")
+    for mode in (torch.enable_grad, torch.no_grad):
+        for switch in (off, adapter.on, off, adapter.on):
+            with mode(), switch(model):
+                found, expected = compiled(x, 0.5, context), model.predict(x, 0.5, context)
+            assert torch.allclose(found, expected, atol=1e-5)
+    assert (expected - model.predict(x, 0.5, context)).abs().max() > 0.1
 
 
 def test_an_adapter_is_on_once_and_takes_inputs_by_name():
@@ -1134,7 +935,6 @@ def test_an_adapter_is_on_once_and_takes_inputs_by_name():
         with pytest.raises(RuntimeError, match="on already"), adapter.on(model):
             pass
         assert not torch.equal(model[0](x), F.linear(x, model[0].weight, model[0].bias))
-    assert torch.equal(model[0](x), F.linear(x, model[0].weight, model[0].bias))
 
 
 def test_a_layer_that_is_never_called_is_named():
@@ -1145,18 +945,16 @@ def test_a_layer_that_is_never_called_is_named():
         trainer(model, new_adapter(model))(0)
 
 
-@pytest.mark.parametrize("kind", ["inject_adapter_in_model", "get_peft_model"])
-def test_pefts_own_lora_trains_in_place_of_adapter(kind):
+def test_pefts_own_lora_trains_in_place_of_adapter():
     peft = pytest.importorskip("peft")
     from examples.peft_adapter import PeftAdapter
     model, expected = tiny(), tiny()
     own = Adapter.new(expected, 2, 4.0, seeded(0), targets=r".*qkv|head")
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=r".*qkv|head", lora_dropout=0.0)
-    wrapped = getattr(peft, kind)(*((config, model) if "inject" in kind else (model, config)))
-    theirs = PeftAdapter(wrapped)
-    for pair, layer in zip(own.weights.values(), theirs.layers, strict=True):
-        for z, lora in zip(pair, (layer.lora_A, layer.lora_B)):
-            lora["default"].weight.data.copy_(z)
+    theirs = PeftAdapter(peft.inject_adapter_in_model(config, model))
+    for (A, B), layer in zip(own.weights.values(), theirs.layers, strict=True):
+        layer.lora_A["default"].weight.data.copy_(A)
+        layer.lora_B["default"].weight.data.copy_(B)
     rows = [trainer(m, adapter)(0) for m, adapter in ((expected, own), (model, theirs))]
     assert rows[1]["ratio_first"] == 1 and rows[1]["grad_norm"] > 0
     assert math.isclose(rows[0]["grad_norm"], rows[1]["grad_norm"], rel_tol=1e-3)
@@ -1220,16 +1018,13 @@ def test_the_self_forcing_example_on_a_stand_in():
     """Where there is no copy of the real code."""
     from examples.check_self_forcing import Text, Vae
     from examples.checks import check
-    from examples.self_forcing import SelfForcing, memory
+    from examples.self_forcing import SelfForcing
 
     model = SelfForcing(StandIn(), Text(), Vae(), (3, 4, 4, 4), 3)
     assert model.timesteps == pytest.approx((1, 0.9375, 0.8333, 0.625), abs=1e-4)
     context = model.extend(model.begin(["a", "b"]), torch.randn(2, 3, 4, 4, 4)).repeat(3)
     shared = [past[0][0][0].data_ptr() for past in context.pasts]
     assert len(set(shared)) == 2 and shared[0] == shared[2]     # nothing was copied
-    row = trainer(model, nonzero(new_adapter(model)), prompts=["a", "b"])(0)
-    assert row["ratio_first"] == 1 and row["grad_norm"] > 0 and row["skipped"] == 0
-    assert sum(size for name, size in memory().items() if "CPU" not in name) < 80
     check(model, ["a cat", "a dog", "a boat"])
 
 
@@ -1375,7 +1170,6 @@ def test_the_recipe_writes_what_the_readme_says(recipe, base):
                "ratio_first clip_fraction grad_norm skipped seconds")
     assert list(rows[0]) == columns.split() == list(read(folder / "semi.csv")[0])
     assert all(float(row["ratio_first"]) == 1 for row in rows)
-    assert {"reward", "ta", "vq", "mq", "judge", "all_right", "area", "spread"} <= set(curve[0])
     judged = read(folder / "judged.csv")
     assert [row["model"] for row in judged] == ["base", "semi", "s = 0.5", "on-policy"]
     both = [(float(row["reward"]), float(row["judge"])) for row in judged]
@@ -1383,13 +1177,11 @@ def test_the_recipe_writes_what_the_readme_says(recipe, base):
     assert f"| {'semi' if s is None else 's = 0.5'} * " in out and out.count(" * ") == 1
     saved = json.loads((folder / "settings.json").read_text())
     assert saved["settings"]["group"] == 3 and saved["settings"]["base"] == str(base)
-    assert set(saved["reward_scales"]) == {"ta", "mq"} and saved["processes"] == 1
-    assert iio.imread(folder / "models.gif").shape[0] == 12
     mean, std = saved["reward_scales"]["ta"]                            # the buffer: of TA alone
     buffer = torch.load(folder / "buffer.pt", weights_only=True)
-    assert len(buffer) == 3
     for scores in (group["scores"] for group in buffer):
         assert torch.allclose(scores["reward"], (scores["ta"] - mean) / std)
+    assert len(buffer) == 3 and iio.imread(folder / "models.gif").shape[0] == 12
 
 
 @pytest.mark.parametrize("change", [2, -2])
@@ -1399,21 +1191,21 @@ def test_the_report_says_if_the_choice_is_worse_than_the_base(change, tmp_path, 
     scores = {"base": zeros, "semi": zeros | {"reward": moved, "judge": moved}}
     clips = {name: torch.zeros(24, 12, 3, 32, 32) for name in scores}
     arcopo.write_report(tmp_path, tiny_settings(judge_samples=1), clips, scores, 1.0, "semi")
-    report, row = capsys.readouterr().out, read(tmp_path / "judged.csv")[1]
-    assert ("does not improve both" in report) == (change < 0) and "no s improves both" in report
-    assert max(map(len, report.splitlines())) <= 100 and "Δ judge" in report
+    assert ("does not improve both" in capsys.readouterr().out) == (change < 0)
+    row = read(tmp_path / "judged.csv")[1]
     assert math.isclose(float(row["Δ reward"]), moved.mean(), abs_tol=1e-4)
     assert math.isclose(float(row["± reward"]), moved.std() / 24**0.5, rel_tol=1e-5)
 
 
 def test_clips_are_streamed_with_an_adapter(recipe, base, tmp_path, monkeypatch):
     """They are those of sample with the adapter on."""
-    adapter, drawn, plain = recipe[0] / "on-policy", [], arcopo.save_gif
-    monkeypatch.setattr(arcopo, "save_gif",
-                        lambda blocks, *a, **k: drawn.append(blocks) or plain(blocks, *a, **k))
-    line = ["--sample", PROMPTS[0], "--base", base, "--samples", 2, "--adapter", adapter]
-    assert arcopo.main([*line, "--device", "cpu", "--out", tmp_path / "c.gif"]) == 0
+    adapter, drawn = recipe[0] / "on-policy", []
+    line = ["--sample", PROMPTS[0], "--base", base, "--samples", 2, "--adapter", adapter,
+            "--device", "cpu", "--out", tmp_path / "c.gif"]
+    assert arcopo.main(line) == 0
     assert iio.imread(tmp_path / "c.gif").shape == (12, 8 * 34, 2 * 8 * 34, 3)
+    monkeypatch.setattr(arcopo, "save_gif", lambda blocks, *a, **k: drawn.append(blocks))
+    assert arcopo.main(line) == 0
     model = arcopo.load_generator(base)
     noise = draw_noise(model, 2, seeded(0, "sampling"))
     with torch.no_grad(), Adapter.load(adapter, model).on(model):
@@ -1421,8 +1213,6 @@ def test_clips_are_streamed_with_an_adapter(recipe, base, tmp_path, monkeypatch)
     assert torch.equal(drawn[0][0][0], clips)
     assert not torch.equal(clips, sample(model, [PROMPTS[0]] * 2, noise))
 
-
-# ------------------------------------------------------------------ reward of one's own
 
 def test_a_reward_of_ones_own_is_in_every_table(tmp_path, base, quick, monkeypatch):
     """Of a module in the current folder, which imports its neighbour at the first call. One that
@@ -1525,29 +1315,27 @@ def test_resume_takes_other_settings_of_the_machine_and_of_judging(tmp_path, bas
     monkeypatch.chdir(base.parent)
     started(base.name, tmp_path / "run")
     monkeypatch.chdir(tmp_path)
-    seen, plain = [], arcopo.iterate
-    monkeypatch.setattr(arcopo, "iterate", lambda *a: seen.append(a[3].micro) or plain(*a))
     monkeypatch.setattr(WeightedReward, "measure_scales", None)         # those of the run are kept
     more = ["--micro", 2, "--device", "cpu", "--judge-samples", 2]
     assert arcopo.main(["--resume", tmp_path / "run", *more]) == 0
-    assert seen == [2] and len(read(tmp_path / "run" / "on-policy.csv")) == 2
+    assert len(read(tmp_path / "run" / "on-policy.csv")) == 2
     assert float(read(tmp_path / "run" / "judged.csv")[0]["spread"]) >= 0       # of two clips
 
 
 def test_resume_refuses_what_would_be_another_run(tmp_path, base, quick, capsys):
     out = started(base, tmp_path / "run")
     others = {"lr": 0.1, "group": 4, "reward": "ta=1", "method": "semi", "base": tmp_path}
-    resumed = [(["--resume", out, f"--{name}", value], (f"--{name} ", "start a new run"))
-               for name, value in others.items()]
-    resumed += [([*ON, "--base", base, "--out", out], (f"--out {out}", "--resume")),
-                (["--resume", tmp_path], (f"--resume {tmp_path}", "not the folder of a run"))]
+    lines = [(["--resume", out, f"--{name}", value], f"--{name} ")
+             for name, value in others.items()]
+    lines += [([*ON, "--base", base, "--out", out], f"--out {out}"),
+              (["--resume", tmp_path], f"--resume {tmp_path}")]
     before = content(out)
-    for line, says in resumed:
+    for line, says in lines:
         capsys.readouterr()
         assert arcopo.main(line) == 2
         error = capsys.readouterr().err
         assert error.startswith("arcopo: ") and error.count("\n") == 1
-        assert all(word in error for word in says) and before == content(out)
+        assert says in error and before == content(out)
 
 
 def test_a_run_that_is_killed_by_a_signal_resumes(tmp_path, base, quick):
@@ -1575,17 +1363,15 @@ def test_a_run_that_is_killed_by_a_signal_resumes(tmp_path, base, quick):
 
 def share_of_an_update(part: slice, broken: bool = False) -> list[Tensor]:
     """Parameters after two updates on these of four groups; broken: the last one overflows."""
-    model, method = tiny(), tiny_method()
+    model = tiny()
     noise = draw_noise(model, 4, seeded(0))
-    own = arcopo.branch_noise(noise, 1, 0.5, 4, seeded(1))
+    own = branch_noise(noise, 1, 0.5, 4, seeded(1))
     branches, _ = fork(model, TRAIN_PROMPTS[:4], 1, noise, *own)
     if broken:
         branches.candidates[-1] = 1e30
-    branches = of_prompts(branches, [*range(4)[part]])
-    rewards = torch.randn(4, 4, generator=seeded(2))[part]
-    adapter = nonzero(Adapter.new(model, 4, 4.0, seeded(3)))
-    optimizer = torch.optim.SGD(adapter.parameters(), 1.0)
-    row = update(model, adapter, optimizer, branches, rewards, method, seeded(4))
+    rewards, adapter = torch.randn(4, 4, generator=seeded(2)), nonzero(new_adapter(model))
+    row = update(model, adapter, torch.optim.SGD(adapter.parameters(), 1.0),
+                 of_prompts(branches, [*range(4)[part]]), rewards[part], tiny_method(), seeded(4))
     assert row["skipped"] == 2 * broken
     return [p.detach() for p in adapter.parameters()]
 
@@ -1616,23 +1402,20 @@ def test_two_processes_are_one_with_the_groups_of_both(tmp_path, base):
                tmp_path / "worker.py", tmp_path, base]
     done = subprocess.run(command, env=IMPORTING, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    before = [p.detach() for p in nonzero(Adapter.new(tiny(), 4, 4.0, seeded(3))).parameters()]
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    before = [p.detach() for p in nonzero(new_adapter(tiny())).parameters()]
     alone = share_of_an_update(slice(0, 4))
-    for a, b, expected, start in zip(both[0][0], both[1][0], alone, before):
+    assert not all(map(torch.equal, alone, before))
+    for a, b, expected, start in zip(first[0], second[0], alone, before):
         assert torch.equal(a, b)
         assert torch.allclose(a - start, expected - start, rtol=1e-3, atol=1e-6)
-    assert any(not torch.equal(x, start) for x, start in zip(alone, before))
-    for broken in (both[0][1], both[1][1]):
-        assert all(torch.equal(x, start) for x, start in zip(broken, before))
+    for skipped in (first[1], second[1]):
+        assert all(map(torch.equal, skipped, before))
     whole, killed = (ending(tmp_path / name) for name in ("whole", "killed"))
     assert whole == killed and len(whole["on-policy.csv"]) == 2
     assert {float(row["ratio_first"]) for row in whole["on-policy.csv"]} == {1.0}
     assert done.stdout.count("Run folder") == 2             # of one process, in two runs
-    assert json.loads((tmp_path / "whole" / "settings.json").read_text())["processes"] == 2
 
-
-# ------------------------------------------------------------------ other runs
 
 def test_a_buffered_method_runs_alone_also_with_a_flow_model(tmp_path, quick):
     flow, out = save_base(tmp_path / "flow.safetensors", little(flow=True)), tmp_path / "run"
@@ -1648,9 +1431,7 @@ def test_a_run_that_is_not_finite_says_so(tmp_path, base, quick, monkeypatch, ca
     monkeypatch.setattr(WeightedReward, "__call__", lambda *a: {
         name: x * math.nan for name, x in plain(*a).items()})
     assert arcopo.main([*ON, "--steps", 1, "--base", base, "--out", tmp_path / "run"]) == 1
-    says = told(capsys)
-    assert "6 rewards left out" in says and "table" in says
-    assert (tmp_path / "run" / "report.md").exists()
+    assert "6 rewards left out" in told(capsys) and (tmp_path / "run" / "report.md").exists()
 
 
 @pytest.mark.parametrize("error, code, says", [
@@ -1666,9 +1447,9 @@ def test_too_little_memory_and_ctrl_c_are_one_line(error, code, says, tmp_path, 
     monkeypatch.setattr(arcopo, "iterate", fails)
     out = tmp_path / "run"
     assert arcopo.main([*ON, "--base", base, "--out", out]) == code
-    found = capsys.readouterr().err
-    assert "Traceback" not in found and re.search(r"(^|[\r\n])arcopo: ", found) and says in found
-    assert found.endswith(f"; continue with --resume {out}\n")
+    line = told(capsys)
+    assert line.startswith("arcopo: ") and says in line
+    assert line.endswith(f"; continue with --resume {out}")
 
 
 # ------------------------------------------------------------------ bad input
@@ -1679,47 +1460,40 @@ def broken_files(folder: Path, base: Path) -> dict[str, Path]:
     files["truncated"].write_bytes(base.read_bytes()[:5000])
     save_base(files["misshapen"], little(), width=8)
     files["afile"].write_text("in the way")
-    model = arcopo.load_generator(base)
-    Adapter.new(model, 2, 2.0).save(files["half"], model)
+    Adapter.new(little(), 2, 2.0).save(files["half"], little())
     weights = files["half"] / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     return files
 
 
-SAMPLE = ["--sample", PROMPTS[0]]
 BAD = [("--bogus 3", "--bogus"), ("--lr x", "--lr"), ("--lr nan", "--lr nan"),
-       ("--group 1", "--anchors 2"), ("--sweep 0", "--sweep"), ("--prompts 97", "--prompts 97"),
-       ("--quasi-norm 3", "--quasi-norm 3"), ("--clip-range nan", "--clip-range nan"),
-       ("--timesteps 1,0.5,0.6", "--timesteps"), ("--seed -1", "--seed -1"),
-       ("--method grpo", "on-policy"), ("--device tpu9", "--device tpu9"),
+       ("--group 1", "--anchors 2"), ("--prompts 97", "--prompts 97"),
+       ("--seed -1", "--seed -1"), ("--method grpo", "on-policy"), ("--device tpu9", "tpu9"),
        ("--samples 2", "no effect here"),
        ("--method off-policy --clip-range 0.1", "no effect here"),
        ("--reward ta=1,zz=2", "ta, vq, mq"), ("--reward no_such_module:f=1", "ModuleNotFoundError"),
        ("--clip {missing} --reward ta=1", "open_clip"), ("--base {missing}", "--base"),
        ("--base {truncated}", "--base"), ("--base {misshapen}", "--base"),
-       ("--out {afile}/run", "afile"),
-       (["--sample", "a pink circle moving right"], "COLOUR one of red"),
-       ([*SAMPLE, "--adapter", "{half}"], "not an adapter")]
+       ("--out {afile}/run", "afile"), ("--sample purple", "COLOUR one of red"),
+       ("--sample PROMPT --adapter {half}", "not an adapter")]
 
 
-@pytest.mark.parametrize("line, says", BAD, ids=[str(line) for line, _ in BAD])
+@pytest.mark.parametrize("line, says", BAD, ids=[line for line, _ in BAD])
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(line, says, tmp_path, base, quick,
                                                                capsys, monkeypatch):
     files = broken_files(tmp_path, base)
     monkeypatch.chdir(tmp_path)
     before = content(tmp_path)
-    line = line.split() if isinstance(line, str) else line
-    line = [str(word).format(**files) for word in line]
-    given = lambda *names: any(name in line for name in names)
-    line += [] if given("--base") else ["--base", base]
-    if not given("--sample", "--clip"):                     # without CLIP, which is slow to load
-        line += [] if given("--reward") else BLUE
-        line += [] if given("--method", "--buffer-reward") else ["--buffer-reward", BLUE[1]]
-        line += [] if given("--anchors") else ["--anchors", 2]
+    line = [PROMPTS[0] if word == "PROMPT" else word.format(**files) for word in line.split()]
+    if "--base" not in line:
+        line += ["--base", base]
+    if "--sample" not in line and "--clip" not in line:     # without CLIP, which is slow to load
+        line += [] if "--reward" in line else BLUE
+        line += [] if "--method" in line else ["--buffer-reward", BLUE[1], "--anchors", 2]
     assert arcopo.main(line) == 2
     out, error = capsys.readouterr()
     assert error.startswith("arcopo: ") and error.count("\n") == 1 and says in error and not out
-    assert content(tmp_path) == before and not (tmp_path / "runs").exists()
+    assert content(tmp_path) == before
 
 
 def test_weights_never_load_through_pickle(tmp_path):
@@ -1754,24 +1528,13 @@ def test_lines_fit_100_columns():
         assert not long, (file, long)
 
 
-def test_imports_go_one_way():
-    """studies, examples -> arcopo -> reward."""
-    for name, banned in (("arcopo.py", "studies|examples|test_arcopo"),
-                         ("reward.py", "studies|examples|arcopo|test_arcopo")):
-        lines = [line for line in (HERE / name).read_text().splitlines()
-                 if re.match(r"\s*(import|from)\s", line)]
-        assert len(lines) > 5 and not [s for s in lines if re.search(rf"\b({banned})\b", s)]
-
-
 def test_help_tells_every_setting_and_the_papers_value(capsys):
     assert arcopo.main(["--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     for f in fields(Settings):
-        values = "{" if f.metadata["choices"] else "X"
-        assert f"{arcopo.flag(f.name)} {values}" in text and f.metadata["text"][:20] in text
+        assert f"{arcopo.flag(f.name)} " in text and f.metadata["text"][:20] in text
         assert not f.metadata["paper"] or f"(paper: {f.metadata['paper']})" in text
         assert not f.default or f"[{f.default}]" in text
-    assert "(paper: 12)" in text and "(paper: 0.8 in Neighbor GRPO)" in text
 
 
 def test_readme_names_what_exists():
@@ -1806,46 +1569,19 @@ def test_the_readmes_python_runs(recipe, base):
     assert done.stdout
 
 
-def sde_forked(model: Generator, pivot: int) -> tuple:
-    """The noise, the branches' own solver noise, and what fork returns."""
-    noise = draw_noise(model, len(PROMPTS), seeded(0))
-    own = sde_grpo.branch_noise(noise, pivot, 4, seeded(0, 1))
-    return noise, own[1], *fork(model, PROMPTS, pivot, noise, *own)
-
-
-def test_gaussian_log_density_is_that_of_torch_distributions():
-    x, mean = torch.randn(2, 3, 4, generator=seeded(0), dtype=torch.double)
-    for std in (0.3, torch.tensor([0.1, 0.5, 1.0, 2.0], dtype=torch.double)):
-        expected = Normal(mean, std).log_prob(x)
-        assert torch.allclose(sde_grpo.gaussian_log_density(x, mean, std), expected, rtol=1e-6)
-
-
-def test_sde_branches_differ_in_the_pivots_solver_noise_alone():
-    """Each is what plain sampling gives from the shared noise with that tensor exchanged."""
-    model, pivot = tiny(), 2
-    noise, own, branches, clips = sde_forked(model, pivot)
-    shared = noise.initial[:, pivot, None].expand_as(branches.states[:, 0])
-    assert torch.equal(branches.states[:, 0], shared)
-    for b in range(4):
-        solver = noise.solver.clone()
-        solver[:, pivot] = own[:, b]
-        plain = sample(model, PROMPTS, noise._replace(solver=solver))
-        assert torch.allclose(plain, clips[:, b], atol=1e-5)
-    assert (clips[:, 1:] - clips[:, :1]).abs().amax((2, 3, 4, 5)).min() > 1e-3
-    related = torch.corrcoef(own.transpose(0, 1).flatten(1)) - torch.eye(4)
-    assert related.abs().max() < 0.02 and abs(own.std() - 1) < 0.02
-
-
-# ------------------------------------------------------------------ studies: the baseline
+# ------------------------------------------------------------------ studies and rewards of examples/
 
 def test_sde_ascends_the_log_densities_of_its_re_noisings():
-    """The first step is their gradient, weighted by the advantages, as all ratios are 1."""
+    """Branches differ in the solver noise alone. The first step is the gradient of the densities,
+    weighted by the advantages, as all ratios are 1."""
     model, adapter = tiny(), nonzero(new_adapter(tiny()))
+    noise = draw_noise(model, 3, seeded(0))
+    initial, solver = sde_grpo.branch_noise(noise, 1, 4, seeded(0, 1))
+    related = torch.corrcoef(solver.transpose(0, 1).flatten(1)) - torch.eye(4)
+    assert related.abs().max() < 0.02 and abs(solver.std() - 1) < 0.02
     with torch.no_grad(), adapter.on(model):
-        noise = draw_noise(model, 3, seeded(0))
-        own = sde_grpo.branch_noise(noise, 1, 4, seeded(0, 1))
-        branches, clips = fork(model, PROMPTS, 1, noise, *own)
-    assert torch.equal(branches.states[:, 0], noise.initial[:, 1, None].expand(own[0].shape))
+        branches, clips = fork(model, PROMPTS, 1, noise, initial, solver)
+    assert torch.equal(branches.states[:, 0], noise.initial[:, 1, None].expand(initial.shape))
     scores, J = clips.flatten(2).mean(2), 0
     advantages = group_advantages(scores, 0, tiny_method().floor)
     found = sde_grpo.log_densities(model, branches, branches.candidates[:, :-1])
@@ -1887,8 +1623,6 @@ def test_the_baseline_refuses_a_sampler_without_noise(tmp_path, base, capsys):
         assert error.startswith("arcopo: --base, --timesteps: ") and error.count("\n") == 1
         assert "--resume" not in error and not out and not (tmp_path / "run").exists()
 
-
-# ------------------------------------------------------------------ studies: measurements
 
 def test_the_entropy_study_measures_a_change_only_where_noise_is_redrawn(tmp_path, base, quick,
                                                                          monkeypatch):
@@ -2013,8 +1747,6 @@ def test_figures_draws_every_plot_from_the_shipped_csvs(tmp_path):
     assert shown == {file.name for file in (HERE / "assets").glob("*.[pg][ni][gf]")}
 
 
-# ------------------------------------------------------------------ studies: what made assets/
-
 def test_pretraining_killed_and_resumed_is_the_same_bit_for_bit(tmp_path, monkeypatch, capsys):
     """In either stage; arcopo.py loads what it writes."""
     few = ["--teacher-steps", 4, "--student-steps", 4, "--batch", 2, "--width", 16, "--layers", 1,
@@ -2051,8 +1783,6 @@ def test_retraining_the_clip_writes_what_open_clip_loads(tmp_path):
     found = ClipReward(str(tmp_path / "clip"))
     assert found.text_alignment(make_clips(PROMPTS, seeded(0)), PROMPTS).isfinite().all()
 
-
-# ------------------------------------------------------------------ published rewards
 
 @pytest.fixture
 def tiny_clip(tmp_path, monkeypatch) -> nn.Module:

@@ -17,8 +17,7 @@ HERE = Path(__file__).resolve().parent
 FILES = HERE.parent / "README.md", HERE / "EVIDENCE.md"
 DIGITS = {"reward": 2, "judge": 3, "ta": 3, "vq": 2, "mq": 3, "all_right": 2, "visual": 2,
           "motion_quality": 2, "text": 3, "direction": 2, "area": 0, "spread": 1}
-TITLES = {"ta": "TA", "vq": "VQ", "mq": "MQ", "all_right": "all right", "area": "area, px²",
-          "motion_quality": "motion"}
+TITLES = {"ta": "TA", "vq": "VQ", "mq": "MQ", "all_right": "all right", "motion_quality": "motion"}
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -58,7 +57,7 @@ def changes(rows: list[dict], base: list[dict], column: str) -> list[float]:
 
 def trained(labels: dict[str, tuple], columns: tuple) -> str:
     """{label: (run, model)} -> a table of changes, a row for each."""
-    table = [["", *(f"Δ {TITLES.get(c, c)}" for c in columns), "mended, %", "spoiled, %"]]
+    table = [["", *(f"Δ {TITLES.get(c, c)}" for c in columns), "mended", "spoiled"]]
     for label, (run, model) in labels.items():
         rows = rows_of("results.csv", run=run, model=model)
         base = rows_of("results.csv", run=run, model="base")
@@ -75,7 +74,7 @@ SHOWN = {"base": "base", "semi": "semi-on-policy (s = 0)", "s = 0.4": "merged, s
 
 def table_of(models: dict[str, str], columns: tuple) -> str:
     """{model of the recipe: label} -> a table of scores."""
-    table = [["", *(TITLES.get(c, c) for c in columns), "mended, %", "spoiled, %"]]
+    table = [["", *(TITLES.get(c, c) for c in columns), "mended", "spoiled"]]
     for model, label in models.items():
         rows = rows_of("results.csv", run="recipe", model=model)
         cells = [spread(values(rows, c), DIGITS[c]) for c in columns]
@@ -170,7 +169,7 @@ def baseline() -> str:
     """C2."""
     names = [(f"{method}{times}", model) for times in ("", ", distilled times")
              for method, model in (("AR-CoPO", "on-policy"), ("SDE-GRPO", "sde-grpo"))]
-    return trained({run: (run, model) for run, model in names},
+    return trained({run.replace(" times", ""): (run, model) for run, model in names},
                    ("reward", "judge", "all_right", "area"))
 
 
