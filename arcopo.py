@@ -1050,14 +1050,21 @@ def write_report(folder: Path, settings: Settings, clips: dict[str, Tensor],
         print(f"\n{report}Run folder: {folder}")
 
 
-def all_finite(rows: list[dict], scores: dict[str, dict[str, Tensor]]) -> bool:
-    """Whether all numbers of a run were finite; if not, a line on stderr says which were not."""
+def check_numbers(rows: list[dict], scores: dict[str, dict[str, Tensor]]) -> int:
+    """Exit code of a run that ended: 1, with lines on stderr, if its numbers are not what they
+    should be. rows: of the trainings; scores: of judge_all."""
     skipped, left_out = (sum(row[name] for row in rows) for name in ("skipped", "not_finite"))
-    whole = all(own["reward"].isfinite().all() for own in scores.values())
-    if skipped or left_out or not whole:
-        print(f"arcopo: not finite: {skipped:g} updates were skipped, {left_out:g} rewards left "
-              "out" + ("" if whole else ", and the table has NaN or infinity"), file=sys.stderr)
-    return not skipped and not left_out and whole
+    problems = []
+    if skipped or left_out:
+        problems.append(f"not finite: {skipped:g} updates were skipped, {left_out:g} rewards "
+                        "left out")
+    if not all(own["reward"].isfinite().all() for own in scores.values()):
+        problems.append("not finite: the table has NaN or infinity")
+    if all(row["flat_groups"] == 1 for row in rows):
+        problems.append("nothing was learned: in no group did the rewards differ by --floor")
+    for problem in problems:
+        print(f"arcopo: {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 # ------------------------------------------------------------------ command line
@@ -1238,7 +1245,7 @@ def run(settings: Settings) -> int:
         if RANK == 0:
             models[chosen].save(folder / "merged", model)
     write_report(folder, settings, clips, scores, time.perf_counter() - began, chosen)
-    return 0 if all_finite(rows, scores) else 1
+    return check_numbers(rows, scores)
 
 
 @torch.no_grad()
@@ -1263,6 +1270,9 @@ def exit_code(error: BaseException, folder: str = "") -> int:
     message, code = str(error), 2
     if isinstance(error, SystemExit):
         return error.code or 0                                  # --help
+    if isinstance(error, BrokenPipeError):                      # | head: all files are written
+        sys.stdout = open(os.devnull, "w")
+        return 0
     if isinstance(error, KeyboardInterrupt):
         message, code = "interrupted", 130
     elif re.search("out of memory|can't allocate|alloc_failed", message, re.IGNORECASE):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from arcopo import (Adapter, Fork, Generator, Method, Noise, Settings, all_finite, average_,
+from arcopo import (Adapter, Fork, Generator, Method, Noise, Settings, average_, check_numbers,
                     clipped_objective, draw_noise, exit_code, fork, group_advantages, judge_all,
                     judge_model, load_generator, metrics, neighbor_noise, option, parse, replay,
                     reward_metrics, rewarded, start, train, write_report)
@@ -123,7 +123,7 @@ def run(settings: SdeSettings) -> int:
     adapter, rows = train("sde-grpo", model, settings, settings.lr, iteration, point, folder)
     clips, scores = judge_all(model, reward, settings, {"base": None, "sde-grpo": adapter})
     write_report(folder, settings, clips, scores, time.perf_counter() - began)
-    return 0 if all_finite(rows, scores) else 1
+    return check_numbers(rows, scores)
 
 
 def main(arguments: list | None = None) -> int:

@@ -94,8 +94,8 @@ def headline() -> str:
     rows, base = (rows_of("results.csv", run="recipe", model=m) for m in ("s = 1", "base"))
     wrong = 1 - mean(values(base, "all_right"))
     mended, spoiled = (mean(values(rows, name)) for name in ("mended", "spoiled"))
-    return (f"Of this base's clips {wrong:.0%} are wrong. The recipe mends {mended:.0%} of them and "
-            f"spoils\n{spoiled:.0%} of the right ones; an independent judge rises by "
+    return (f"Of this base's clips {wrong:.0%} are wrong. The recipe mends {mended:.0%} of them "
+            f"and spoils\n{spoiled:.0%} of the right ones; an independent judge rises by "
             f"{spread(changes(rows, base, 'judge'), 3)} (five seeds).")
 
 
@@ -259,8 +259,9 @@ def durations() -> str:
     return markdown(table)
 
 
-TABLES = {f.__name__: f for f in (readme, headline, recipe, bases, pivots, auc, entropy, baseline, text_alone,
-                                  at_equal_ta, others, cost, settings, durations)}
+TABLES = {f.__name__: f for f in (
+    readme, headline, recipe, bases, pivots, auc, entropy, baseline, text_alone, at_equal_ta,
+    others, cost, settings, durations)}
 
 
 def filled(text: str) -> str:
