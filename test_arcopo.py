@@ -19,6 +19,7 @@ from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import imageio.v3 as iio
 import pytest
@@ -37,7 +38,7 @@ from arcopo import (Adapter, Fork, Generator, Method, Settings, branch_noise, ch
                     explore, fork, group_advantages, iterate, iterate_buffered, merge_adapters,
                     neighbor_noise, replay, sample, seeded, surrogate_log_policy, update)
 from reward import (CHUNKS, HELD_OUT_PROMPTS, QUALITIES, TRAIN_PROMPTS, ClipReward, UserError,
-                    WeightedReward, evaluate, judge, make_clips)
+                    WeightedReward, judge, make_clips)
 from examples import rewards
 from studies import base as base_study
 from studies import (claims, cost, durations, entropy, merging, pretrain, sde_grpo, tables,
@@ -128,18 +129,6 @@ def test_judge_is_near_perfect_on_the_sharp_world_and_low_on_any_other():
     assert all(empty[name].max() == 0 for name in ("text", "visual", "motion_quality"))
 
 
-def test_evaluate_scores_each_clip_and_the_spread_of_each_prompt():
-    prompts = [p for p in PROMPTS for _ in range(2)]
-    clips = make_clips(prompts, seeded(0))
-    found, each = evaluate(clips, prompts, brightness), judge(clips, prompts)
-    assert torch.allclose(found["reward"], clips.mean((1, 2, 3, 4)).view(3, 2))
-    total = each["text"] + each["visual"] + each["motion_quality"]
-    assert torch.allclose(found["judge"], total.view(3, 2) / 3)
-    half = [(each[name][::2] - each[name][1::2]) / 2 for name in "xy"]      # of two: the deviation
-    assert torch.allclose(found["spread"], torch.hypot(*half)[:, None].expand(3, 2), atol=1e-4)
-    assert evaluate(clips[::2], PROMPTS, brightness)["spread"].isnan().all()
-
-
 @pytest.fixture(scope="module")
 def clip():
     return ClipReward()
@@ -185,13 +174,11 @@ def test_weighted_reward_puts_the_components_on_one_scale():
     parts = {f"my:{i}": lambda clips, prompts, i=i: 1000.0**i * clips[:, i] for i in range(3)}
     clips, prompts = torch.randn(500, 3, generator=seeded(0)), [""] * 500
     weighted = WeightedReward(parts, {"my:0": 2.0, "my:1": 1.0})
-    weighted.scales = weighted.measure_scales(clips, prompts)
+    spoiled = torch.cat([clips, torch.full((1, 3), math.nan)])              # is left out
+    weighted.scales = weighted.measure_scales(spoiled, prompts)
     found, z = weighted(clips, prompts), (clips - clips.mean(0)) / clips.std(0)
     assert torch.allclose(found["reward"], (2 * z[:, 0] + z[:, 1]) / 3, atol=1e-4)
-    spoiled = torch.cat([clips, torch.full((1, 3), math.nan)])              # is left out
-    scales = weighted.measure_scales(spoiled, prompts)
-    assert scales["my:1"] == pytest.approx(weighted.scales["my:1"])
-    assert list(found) == ["reward", *parts] and torch.equal(found["my:2"], 1e6 * clips[:, 2])
+    assert torch.equal(found["my:2"], 1e6 * clips[:, 2])
 
 
 def test_a_reward_that_fails_is_constant_or_returns_something_else_is_named():
@@ -274,22 +261,10 @@ def test_the_shipped_base_is_good_and_imperfect():
     assert 0.6 < scores["visual"].mean() < 0.8
 
 
-@pytest.mark.parametrize("flow", [False, True])
-@pytest.mark.parametrize("pivot", [0, 2])
-def test_fork(pivot, flow):
-    """Its branches are equal before the pivot; at sigma = 0 each is the clip of the base noise."""
-    model = tiny(flow=flow)
-    chunks = forked(model, pivot)[1].unflatten(2, (CHUNKS, -1))         # [P, G, L, ...]
-    assert torch.equal(chunks[:, :, :pivot], chunks[:, :1, :pivot].expand_as(chunks[:, :, :pivot]))
-    assert (chunks[:, 1:, pivot] != chunks[:, :1, pivot]).any()
-    plain = sample(model, PROMPTS, draw_noise(model, 3, seeded(0)))[:, None]
-    assert (forked(model, pivot, 0)[1] - plain).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("kind", ["initial", "solver"])
-def test_nothing_but_the_pivots_own_noise_differs(kind):
+@pytest.mark.parametrize("kind, flow", [("initial", False), ("solver", False), ("initial", True)])
+def test_nothing_but_the_pivots_own_noise_differs(kind, flow):
     """Each branch is what plain sampling gives from the shared noise with that tensor exchanged."""
-    model, noise = tiny(), draw_noise(tiny(), 3, seeded(0))
+    model, noise = tiny(flow=flow), draw_noise(tiny(flow=flow), 3, seeded(0))
     own = {name: x[:, 2, None].expand(-1, 4, *x.shape[2:]) for name, x in noise._asdict().items()}
     base = getattr(noise, kind)
     own[kind] = neighbor_noise(base[:, 2], 0.5, 4, seeded(1)).transpose(0, 1)
@@ -300,7 +275,8 @@ def test_nothing_but_the_pivots_own_noise_differs(kind):
         changed[:, 2] = own[kind][:, i]
         plain = sample(model, PROMPTS, noise._replace(**{kind: changed}))
         assert torch.allclose(plain, clips[:, i], atol=1e-5)
-    assert (clips[:, 1:] - clips[:, :1]).abs().amax((2, 3, 4, 5)).min() > 1e-3
+    before, after = (clips[:, 1:] - clips[:, :1]).abs().tensor_split([6], 2)    # 2 of 4 chunks
+    assert before.max() == 0 and after.amax((2, 3, 4, 5)).min() > 1e-3
 
 
 def test_explore_forks_random_prompts_and_pivots_by_neighbours_of_the_initial_noise():
@@ -375,35 +351,21 @@ def test_group_advantages():
     assert (found[1] == 0).all() and torch.equal(found[2:], A[2:])
 
 
-def objective(anchor: Tensor, candidates: Tensor, advantages: Tensor, tau: float, old: Tensor,
-              clip: float) -> Tensor:
-    return clipped_objective(surrogate_log_policy(candidates, anchor, tau) - old, advantages, clip)
-
-
-def test_gradient_at_theta_old_is_the_closed_form():
-    """∂J/∂x^(θ) = 2/(GτD) Σ A⁽ⁱ⁾ x⁽ⁱ⁾, for any anchor, with or without the clip."""
-    G, tau, g = 12, 0.1, seeded(0)
-    candidates = torch.randn(G, 60, generator=g, dtype=torch.double)
-    A = group_advantages(torch.randn(G, generator=g, dtype=torch.double))
-    expected = 2 / (G * tau * 60) * torch.einsum("g,gd->d", A, candidates)
-    for anchor in (candidates[2].clone(), torch.randn(60, generator=g, dtype=torch.double)):
-        anchor.requires_grad_()
-        old = surrogate_log_policy(candidates, anchor, tau).detach()
-        for clip in (1e-4, math.inf):
-            J = objective(anchor, candidates, A, tau, old, clip)
-            (gradient,) = torch.autograd.grad(J, anchor)
-            assert torch.allclose(gradient, expected, rtol=1e-10, atol=1e-12)
-
-
 @pytest.mark.parametrize("clip", [math.inf, 0.05, 10.0])
-def test_gradient_elsewhere_agrees_with_finite_differences(clip):
-    G, tau, g = 6, 0.75, seeded(0)
-    candidates = torch.randn(G, 4, generator=g, dtype=torch.double)
-    A = group_advantages(torch.randn(G, generator=g, dtype=torch.double))
-    anchor = torch.randn(4, generator=g, dtype=torch.double, requires_grad=True)
-    away = anchor + 0.2 * torch.randn(4, generator=g, dtype=torch.double)
-    old = surrogate_log_policy(candidates, away, tau).detach()
-    assert torch.autograd.gradcheck(lambda x: objective(x, candidates, A, tau, old, clip), anchor)
+def test_gradient_is_the_closed_form_at_theta_old_and_finite_differences_elsewhere(clip):
+    """∂J/∂x^(θ) = 2/(GτD) Σ A⁽ⁱ⁾ x⁽ⁱ⁾ at θ_old, for any anchor, with or without the clip."""
+    G, D, tau, rng = 6, 4, 0.75, seeded(0)
+    candidates = torch.randn(G, D, generator=rng, dtype=torch.double)
+    A = group_advantages(torch.randn(G, generator=rng, dtype=torch.double))
+    expected = 2 / (G * tau * D) * torch.einsum("g,gd->d", A, candidates)
+    log_policy = lambda x: surrogate_log_policy(candidates, x, tau)
+    for anchor in (candidates[2].clone(), torch.randn(D, generator=rng, dtype=torch.double)):
+        J = lambda x, old: clipped_objective(log_policy(x) - old, A, clip)
+        anchor.requires_grad_()
+        (gradient,) = torch.autograd.grad(J(anchor, log_policy(anchor).detach()), anchor)
+        assert torch.allclose(gradient, expected, rtol=1e-10, atol=1e-12)
+        away = anchor + 0.2 * torch.randn(D, generator=rng, dtype=torch.double)
+        assert torch.autograd.gradcheck(partial(J, old=log_policy(away).detach()), anchor)
 
 
 def test_clip_stops_the_gradient_only_where_it_was_already_won():
@@ -411,9 +373,6 @@ def test_clip_stops_the_gradient_only_where_it_was_already_won():
     advantages = torch.tensor([1.0, -1.0, -1.0, 1.0])       # two favourable, two unfavourable
     clipped_objective(log_ratio, advantages, 0.1).backward()
     assert torch.equal(log_ratio.grad == 0, torch.tensor([True, True, False, False]))
-    log_ratio.grad = None
-    clipped_objective(log_ratio, advantages, math.inf).backward()
-    assert torch.allclose(log_ratio.grad, log_ratio.exp().detach() * advantages / 4)
     far = torch.tensor([1000.0, 1000.0], requires_grad=True)                # exp overflows
     clipped_objective(far, torch.tensor([1.0, 0.0]), 0.1).backward()
     assert torch.equal(far.grad, torch.zeros(2))
@@ -505,23 +464,7 @@ def test_training_changes_only_the_adapter(buffered):
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
 
 
-# ------------------------------------------------------------------ buffer, merging, numbers that are not finite
-
-def test_the_buffer_comes_from_the_reference():
-    """An entry is the fork of the base itself, with the reward of its clips, in memory of its own:
-    a reward may use one tensor again and again."""
-    model, own = tiny(), torch.zeros(8)
-    again = lambda clips, prompts: {"reward": own.copy_(clips.flatten(1).mean(1))}
-    buffer = collect_buffer(model, tiny_method(), TRAIN_PROMPTS, again, 4, 0)
-    branches, scores = explore(model, tiny_method(), TRAIN_PROMPTS, brightness,
-                               seeded(0, "buffer", 0))
-    assert len(buffer) == 4
-    for n, group in enumerate(buffer[:2]):
-        assert torch.equal(group["scores"]["reward"], scores["reward"][n])
-        assert group["prompt"] == branches.prompts[n]
-        for name in ("prefix", "states", "candidates"):
-            assert torch.equal(group[name], getattr(branches, name)[n].half())
-
+# ------------------------------------------------------------------ buffer, merging, not finite
 
 def test_training_never_changes_the_buffer_and_a_file_gives_it_back(tmp_path):
     """Also rewards that are not finite: training leaves them out, so a file may have them."""
@@ -537,22 +480,30 @@ def test_training_never_changes_the_buffer_and_a_file_gives_it_back(tmp_path):
         torch.testing.assert_close(group, saved, rtol=0, atol=0, equal_nan=True)
 
 
-def test_draws_return_unchanged_entries_of_one_pivot():
-    model, seen = tiny(), set()
-    buffer = tiny_buffer(model)
+def test_the_buffer_is_of_the_reference_and_draws_return_its_entries():
+    """An entry is the fork of the base itself, in memory of its own: a reward may use one tensor
+    again and again. A draw has entries of one pivot."""
+    model, own, seen = tiny(), torch.zeros(8), set()
+    again = lambda clips, prompts: {"reward": own.copy_(clips.flatten(1).mean(1))}
+    buffer = collect_buffer(model, tiny_method(), TRAIN_PROMPTS, again, 6, 0)
+    rng = seeded(0, "buffer", 0)
+    branches, scores = explore(model, tiny_method(), TRAIN_PROMPTS, brightness, rng)
+    for group, rewards, candidates in zip(buffer, scores["reward"], branches.candidates):
+        assert torch.equal(group["scores"]["reward"], rewards)
+        assert torch.equal(group["candidates"], candidates.half())
     for i in range(30):
         branches, scores = draw_from(buffer, model, 3, seeded(i))
         context = model.begin(branches.prompts)
         for x0 in branches.prefix.unbind(1):
             context = model.extend(context, x0)
         assert torch.equal(context.kv, branches.context.kv) and 1 <= len(branches.states) <= 3
-        for n, own in enumerate(scores["reward"]):
-            row = [torch.equal(group["scores"]["reward"], own) for group in buffer].index(True)
+        for n, rewards in enumerate(scores["reward"]):
+            row = [torch.equal(group["scores"]["reward"], rewards) for group in buffer].index(True)
             seen.add(row)
             assert branches.prompts[n] == buffer[row]["prompt"]
             for name in ("prefix", "states", "candidates"):
                 assert torch.equal(getattr(branches, name)[n], buffer[row][name].float())
-    assert len(seen) == len(buffer)             # every entry is drawn sooner or later
+    assert len(seen) == len(buffer) == 6        # every entry is drawn sooner or later
 
 
 @pytest.mark.parametrize("scores, s", [
@@ -585,7 +536,7 @@ def test_hooks_and_merged_weights_are_the_same_adapter_and_undone_exactly():
     a, b = (nonzero(Adapter.new(model, 4, 8.0, seeded(i)), i) for i in (1, 2))
     x, context = torch.randn(3, *model.chunk_shape, generator=seeded(0)), model.begin(PROMPTS)
     predict = lambda model=model: model.predict(x, 0.5, context).detach()
-    by_hand = [predict(changed)]
+    by_hand, features = [predict(changed)], torch.randn(2, model.width)
     for adapter in (a, b):
         for name, (A, B) in adapter.weights.items():
             changed.get_submodule(name).weight.data += (8.0 / 4) * (B @ A).detach()
@@ -598,6 +549,9 @@ def test_hooks_and_merged_weights_are_the_same_adapter_and_undone_exactly():
             one = predict()
             with b.on(model):
                 assert torch.allclose(predict(), by_hand[2], atol=1e-5)
+            with pytest.raises(RuntimeError, match="on already"), a.on(model):
+                pass
+            assert torch.equal(model.head(input=features), model.head(features))
             assert torch.equal(predict(), one) and torch.allclose(one, by_hand[1], atol=1e-5)
             raise KeyError
         assert torch.equal(predict(), by_hand[0])
@@ -630,23 +584,13 @@ def test_a_branch_that_is_not_finite_stays_out_of_the_update(flow, buffered):
 
 
 @pytest.mark.parametrize("where", ["reward", "branches", "clips"])
-def test_a_prompt_that_is_not_finite_is_left_out(where):
-    """The others are trained, at two thirds of the weight. If its context is not finite either, no
-    gradient is left, and the update is skipped."""
-    model = tiny()
-    adapter, (branches, clips) = nonzero(new_adapter(model)), forked(model, 1)
+def test_what_is_not_finite_has_no_reward(where):
+    branches, clips = forked(tiny(), 1)
     scores = clips.flatten(2).mean(2)
     {"reward": scores, "branches": branches.candidates, "clips": clips}[where][1] = math.nan
     rewards = arcopo.rewarded(branches, clips, lambda *a: {"reward": scores.flatten()})["reward"]
     assert rewards.isfinite().all(1).tolist() == [True, False, True] and rewards[1].isnan().all()
-    whole, alone = (gradient(model, adapter, of_prompts(branches, rows), rewards[rows], floor=1e-6)
-                    for rows in ([0, 1, 2], [0, 2]))
-    assert near([3 * x for x in whole], [2 * x for x in alone])
-    branches.context.words[1] = math.nan
-    optimizer = torch.optim.AdamW(adapter.parameters(), 1e-2)
-    row = update(model, adapter, optimizer, branches, rewards, tiny_method(), seeded(1))
-    start = nonzero(new_adapter(model)).parameters()
-    assert row["skipped"] == 2 and all(map(torch.equal, adapter.parameters(), start))
+    assert branches.candidates.isfinite().all()
 
 
 @pytest.mark.parametrize("buffered", [False, True])
@@ -729,8 +673,8 @@ class Cache(NamedTuple):
 
 
 class Other(nn.Module):
-    """A generator of another kind: any latent shape, its first axis are tokens; times in 0..1000
-    with a shift of 5, preallocated caches, prompts that are free text."""
+    """A generator of another kind: any latent shape, its first axis are tokens; times with a shift
+    of 5, preallocated caches, prompts that are free text."""
 
     timesteps = tuple(5 * u / (1 + 4 * u) for u in (1.0, 0.5, 0.1))
 
@@ -751,26 +695,21 @@ class Other(nn.Module):
         empty = torch.zeros(len(prompts), self.chunks * self.tokens, 16)
         return Cache(text, empty, empty, 0)
 
-    def blocks(self, x, time, text, k, v, end):
-        y = torch.tanh(self.into(x) + self.time(time)[:, None] + text[:, None])
-        q, key, value = self.qkv(y).chunk(3, 2)
-        k, v, stop = k.clone(), v.clone(), end + self.tokens
-        k[:, end:stop], v[:, end:stop] = key, value
-        y = y + (q @ k[:, :stop].mT / 4).softmax(-1) @ v[:, :stop]
-        return self.out(y), k, v
-
     def forward(self, x, t, context):
-        t = torch.as_tensor(t, dtype=torch.float32).expand(len(x))[:, None]
+        t = torch.as_tensor(t, dtype=torch.float32).expand(len(x))[:, None, None]
         rows = x.reshape(len(x), self.tokens, -1)
-        y, k, v = self.blocks(rows, (1000 * t) / 500 - 1, *context)
-        t = t[:, :, None]
-        return ((1 - t) * rows + t * y).view_as(x), k, v
+        y = torch.tanh(self.into(rows) + self.time(2 * t - 1) + context.text[:, None])
+        q, key, value = self.qkv(y).chunk(3, 2)
+        k, v, stop = context.k.clone(), context.v.clone(), context.end + self.tokens
+        k[:, context.end : stop], v[:, context.end : stop] = key, value
+        y = self.out(y + (q @ k[:, :stop].mT / 4).softmax(-1) @ v[:, :stop])
+        return ((1 - t) * rows + t * y).view_as(x), Cache(context.text, k, v, stop)
 
     def predict(self, x_t, t, context):
         return self(x_t, t, context)[0]
 
     def extend(self, context, x0):
-        return Cache(context.text, *self(x0, 0.0, context)[1:], context.end + self.tokens)
+        return self(x0, 0.0, context)[1]
 
     @staticmethod
     def decode(latents):
@@ -850,8 +789,8 @@ def test_slices_change_nothing_but_the_memory(model, buffered):
 
 def test_gradient_checkpointing_gives_the_same_gradient():
     model, found = Other(), []
-    for blocks in (model.blocks, partial(checkpoint, model.blocks, use_reentrant=False)):
-        model.blocks, adapter = blocks, nonzero(new_adapter(model))
+    for forward in (model.forward, partial(checkpoint, model.forward, use_reentrant=False)):
+        model.forward, adapter = forward, nonzero(new_adapter(model))
         with adapter.on(model):
             branches, clips = forked(model, 1)
         found.append(gradient(model, adapter, branches, clips.flatten(2).mean(2), floor=1e-6))
@@ -884,14 +823,17 @@ def test_an_adapter_of_another_base_or_other_times_is_refused(tmp_path):
             Adapter.load(place, loading)
 
 
-def test_lora_goes_on_the_layers_named_and_on_nothing_else():
+def test_lora_goes_on_the_layers_named_and_one_that_is_never_called_is_told():
     model = tiny()
     linear = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    assert set(Adapter.new(model, 2, 2.0).weights) == linear
+    assert set(Adapter.new(model, 2, 2.0).weights) == linear            # not the convolutions
     some = Adapter.new(model, 2, 2.0, targets=r"blocks\.\d+\.(qkv|out)")
     assert set(some.weights) == {f"blocks.{i}.{n}" for i in (0, 1) for n in ("qkv", "out")}
     with pytest.raises(ValueError, match="no nn.Linear"):
-        Adapter.new(model, 2, 2.0, targets="smooth.*")      # convolutions
+        Adapter.new(model, 2, 2.0, targets="smooth.*")
+    model.unused = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.warns(UserWarning, match="layers .'unused'.: are they used without a call"):
+        trainer(model, new_adapter(model))(0)
 
 
 def test_adapters_are_files_that_peft_loads(tmp_path):
@@ -900,10 +842,6 @@ def test_adapters_are_files_that_peft_loads(tmp_path):
     new = lambda rank, seed: nonzero(Adapter.new(model, rank, 6.0, seeded(seed), r"blocks.*|head"))
     adapter = merge_adapters((new(4, 0), 0.7), (new(3, 1), 1.0))
     adapter.save(tmp_path, model)
-    again = Adapter.load(tmp_path, model)
-    assert again.weights.keys() == adapter.weights.keys() and again.alpha == adapter.alpha
-    for name, pair in adapter.weights.items():
-        assert all(map(torch.equal, again.weights[name], pair))
     peft = pytest.importorskip("peft")
     x, context = torch.randn(3, *model.chunk_shape), model.begin(PROMPTS)
     with adapter.on(model):
@@ -927,24 +865,6 @@ def test_torch_compile_keeps_the_adapter():
     assert (expected - model.predict(x, 0.5, context)).abs().max() > 0.1
 
 
-def test_an_adapter_is_on_once_and_takes_inputs_by_name():
-    model = nn.Sequential(nn.Linear(4, 4)).requires_grad_(False)
-    adapter, x = nonzero(Adapter.new(model, 2, 2.0, seeded(0))), torch.randn(3, 4)
-    with adapter.on(model):
-        assert torch.equal(model[0](input=x), model[0](x))
-        with pytest.raises(RuntimeError, match="on already"), adapter.on(model):
-            pass
-        assert not torch.equal(model[0](x), F.linear(x, model[0].weight, model[0].bias))
-
-
-def test_a_layer_that_is_never_called_is_named():
-    """As out_proj of nn.MultiheadAttention, whose weight is read and not called."""
-    model = tiny()
-    model.unused = nn.Linear(2, 2).requires_grad_(False)
-    with pytest.warns(UserWarning, match="layers .'unused'.: are they used without a call"):
-        trainer(model, new_adapter(model))(0)
-
-
 def test_pefts_own_lora_trains_in_place_of_adapter():
     peft = pytest.importorskip("peft")
     from examples.peft_adapter import PeftAdapter
@@ -961,8 +881,6 @@ def test_pefts_own_lora_trains_in_place_of_adapter():
     for p, q in zip(own.parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(p, q, atol=1e-4)
 
-
-# ------------------------------------------------------------------ examples
 
 class Network(nn.Module):
     """What examples/self_forcing.py uses of CausalWanModel: it writes into the caches it is given,
@@ -1015,11 +933,9 @@ def test_the_self_forcing_example_on_its_own_code():
 
 
 def test_the_self_forcing_example_on_a_stand_in():
-    """Where there is no copy of the real code."""
     from examples.check_self_forcing import Text, Vae
     from examples.checks import check
     from examples.self_forcing import SelfForcing
-
     model = SelfForcing(StandIn(), Text(), Vae(), (3, 4, 4, 4), 3)
     assert model.timesteps == pytest.approx((1, 0.9375, 0.8333, 0.625), abs=1e-4)
     context = model.extend(model.begin(["a", "b"]), torch.randn(2, 3, 4, 4, 4)).repeat(3)
@@ -1032,10 +948,8 @@ def test_the_diffusers_example_on_diffusers_own_code(tmp_path, monkeypatch):
     """Also: diffusers' load_lora_weights applies an adapter as `on` does."""
     pytest.importorskip("diffusers", minversion="0.39")
     from diffusers.models.transformers import transformer_anyflow_far
-
     from examples import check_diffusers_far as far
     from examples.checks import check
-
     model = far.AnyFlowFAR(far.tiny((1, 3, 2)), (8, 8))
     far.compare(model, ["a cat"])
     monkeypatch.setattr(transformer_anyflow_far, "dispatch_attention_fn", far.dense)
@@ -1057,7 +971,6 @@ def test_the_diffusers_example_on_diffusers_own_code(tmp_path, monkeypatch):
 
 def test_own_model_learns():
     from examples import own_model
-
     before, after = own_model.main(40)
     assert after > before / 2       # the reward is at most 0
 
@@ -1065,7 +978,7 @@ def test_own_model_learns():
 # ------------------------------------------------------------------ script
 
 TINY = ["--group", 3, "--anchors", 2, "--prompts", 2, "--rank", 2, "--alpha", 2, "--judge-samples",
-        1, "--judge-every", 2]
+        1, "--judge-every", 2, "--floor", 1e-6]
 BLUE = ["--reward", f"{__name__}:blue=1"]                               # needs no CLIP
 RECIPE = [*TINY, *BLUE, "--buffer-reward", f"{__name__}:blue=1", "--buffer-groups", 3, "--sweep",
           "0.5"]
@@ -1166,7 +1079,7 @@ def test_the_recipe_writes_what_the_readme_says(recipe, base):
     assert left(folder) == LEFT | {*names, "buffer.pt", "merged"}
     rows, curve = read(folder / "on-policy.csv"), read(folder / "semi-curve.csv")
     assert [row["step"] for row in rows] == ["1", "2"] and curve[1]["step"] == "2"
-    columns = ("step pivot reward ta vq mq not_finite deviation flat_groups replay_error "
+    columns = ("step pivot reward ta mq not_finite deviation flat_groups replay_error "
                "ratio_first clip_fraction grad_norm skipped seconds")
     assert list(rows[0]) == columns.split() == list(read(folder / "semi.csv")[0])
     assert all(float(row["ratio_first"]) == 1 for row in rows)
@@ -1198,7 +1111,6 @@ def test_the_report_says_if_the_choice_is_worse_than_the_base(change, tmp_path, 
 
 
 def test_clips_are_streamed_with_an_adapter(recipe, base, tmp_path, monkeypatch):
-    """They are those of sample with the adapter on."""
     adapter, drawn = recipe[0] / "on-policy", []
     line = ["--sample", PROMPTS[0], "--base", base, "--samples", 2, "--adapter", adapter,
             "--device", "cpu", "--out", tmp_path / "c.gif"]
@@ -1232,7 +1144,7 @@ def test_a_reward_of_ones_own_is_in_every_table(tmp_path, base, quick, monkeypat
         assert row[names[0]] == row[names[1]] != "0.0"
 
 
-# ------------------------------------------------------------------ resume
+# ------------------------------------------------------------------ resume, torchrun, errors
 
 LINES = {"recipe": RECIPE, "on-policy": ON}
 
@@ -1248,8 +1160,8 @@ def whole(tmp_path_factory, base) -> dict[str, dict]:
     return {name: ending(folder / name) for name in LINES}
 
 
-def dies(patch: pytest.MonkeyPatch, place, name: str, call: int, after: bool) -> None:
-    """The process ends at this call of place.name, counted from 1: before or after its work."""
+def killed(main: Callable, line: list, place, name: str, call: int, after: bool = False) -> None:
+    """main(line) in a process that ends at this call of place.name, before or after its work."""
     plain, calls = getattr(place, name), []
 
     def deadly(*a, **k):
@@ -1261,27 +1173,23 @@ def dies(patch: pytest.MonkeyPatch, place, name: str, call: int, after: bool) ->
             raise Crash
         return result
 
-    patch.setattr(place, name, deadly)
-
-
-# A training calls write_csv twice at its start, then once at step 0 and in each iteration, twice in
-# one with a point of the curve (2 and 3): on-policy up to 8 times in all.
-PLACES = {"on-policy": ["save_whole 1 before", "write_csv 4 after", "write_csv 6 after",
-                        "save_whole 3 after", "os.replace 2 before", "judge_all 1 after"],
-          "recipe": ["save_whole 5 before", "write_csv 12 after", "write_report 1 before"]}
-
-
-@pytest.mark.parametrize("kind, where", [(kind, w) for kind in PLACES for w in PLACES[kind]])
-def test_a_run_killed_anywhere_ends_as_if_it_never_was(kind, where, tmp_path, base, whole, quick):
-    (name, call, when), out = where.split(), tmp_path / "run"
-    place, _, own = f"arcopo.{name}".rpartition(".")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
-        dies(patch, attrgetter(place)(sys.modules[__name__]), own, int(call), when == "after")
-        arcopo.main([*LINES[kind], "--steps", 3, "--base", base, "--out", out])
-    assert arcopo.main(["--resume", out]) == 0
-    found = ending(out)
-    assert found.keys() == whole[kind].keys()
-    assert not [file for file in found if found[file] != whole[kind][file]]
+        patch.setattr(place, name, deadly)
+        main(line)
+
+
+@pytest.mark.parametrize("kind, place, name, call, after", [
+    ("on-policy", arcopo, "save_whole", 1, False), ("on-policy", arcopo, "write_csv", 4, True),
+    ("on-policy", arcopo, "write_csv", 6, True), ("on-policy", arcopo, "save_whole", 3, True),
+    ("on-policy", os, "replace", 2, False), ("on-policy", arcopo, "judge_all", 1, True),
+    ("recipe", arcopo, "save_whole", 5, False), ("recipe", arcopo, "write_csv", 12, True),
+    ("recipe", arcopo, "write_report", 1, False)])
+def test_a_run_killed_anywhere_ends_as_if_it_never_was(kind, place, name, call, after, tmp_path,
+                                                       base, whole, quick):
+    line = [*LINES[kind], "--steps", 3, "--base", base, "--out", tmp_path / "run"]
+    killed(arcopo.main, line, place, name, call, after)
+    assert arcopo.main(["--resume", tmp_path / "run"]) == 0
+    assert ending(tmp_path / "run") == whole[kind]
 
 
 def test_a_run_can_be_extended(tmp_path, base, whole, quick):
@@ -1290,18 +1198,15 @@ def test_a_run_can_be_extended(tmp_path, base, whole, quick):
     out = tmp_path / "run"
     assert arcopo.main([*RECIPE, "--steps", 1, "--base", base, "--out", out]) == 0
     assert [row["step"] for row in read(out / "semi-curve.csv")] == ["0", "1"]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
-        dies(patch, arcopo, "iterate_buffered", 2, False)
-        arcopo.main(["--resume", out, "--steps", 3])
+    killed(arcopo.main, ["--resume", out, "--steps", 3], arcopo, "iterate_buffered", 2)
     assert arcopo.main(["--resume", out]) == 0
     assert ending(out) == whole["recipe"]
 
 
 def started(base: Path, out: Path, *more) -> Path:
     """A run of one training that died in its second iteration."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
-        dies(patch, arcopo, "iterate", 2, False)
-        arcopo.main([*ON, "--steps", 2, "--base", base, "--out", out, *more])
+    line = [*ON, "--steps", 2, "--base", base, "--out", out, *more]
+    killed(arcopo.main, line, arcopo, "iterate", 2)
     return out
 
 
@@ -1311,7 +1216,6 @@ def content(folder: Path) -> dict:
 
 def test_resume_takes_other_settings_of_the_machine_and_of_judging(tmp_path, base, quick,
                                                                    monkeypatch):
-    """And goes on from another current folder, with a --base that was relative."""
     monkeypatch.chdir(base.parent)
     started(base.name, tmp_path / "run")
     monkeypatch.chdir(tmp_path)
@@ -1324,7 +1228,8 @@ def test_resume_takes_other_settings_of_the_machine_and_of_judging(tmp_path, bas
 
 def test_resume_refuses_what_would_be_another_run(tmp_path, base, quick, capsys):
     out = started(base, tmp_path / "run")
-    others = {"lr": 0.1, "group": 4, "reward": "ta=1", "method": "semi", "base": tmp_path}
+    others = {"lr": 0.1, "group": 4, "reward": "ta=1", "method": "semi", "base": tmp_path,
+              "steps": 0}
     lines = [(["--resume", out, f"--{name}", value], f"--{name} ")
              for name, value in others.items()]
     lines += [([*ON, "--base", base, "--out", out], f"--out {out}"),
@@ -1351,15 +1256,11 @@ def test_a_run_that_is_killed_by_a_signal_resumes(tmp_path, base, quick):
     process.send_signal(signal.SIGKILL)
     assert process.wait(timeout=60) == -signal.SIGKILL
     saved = torch.load(out / "on-policy.checkpoint.pt", weights_only=True)
-    steps, before = len(saved["rows"]) + 1, content(out)
-    if steps > 2:
-        assert arcopo.main(["--resume", out, "--steps", steps - 2]) == 2 and before == content(out)
+    steps = len(saved["rows"]) + 1
     assert arcopo.main(["--resume", out, "--steps", steps]) == 0
     assert arcopo.main([*line, steps, "--out", tmp_path / "whole"]) == 0
     assert ending(out) == ending(tmp_path / "whole")
 
-
-# ------------------------------------------------------------------ torchrun
 
 def share_of_an_update(part: slice, broken: bool = False) -> list[Tensor]:
     """Parameters after two updates on these of four groups; broken: the last one overflows."""
@@ -1411,8 +1312,8 @@ def test_two_processes_are_one_with_the_groups_of_both(tmp_path, base):
         assert torch.allclose(a - start, expected - start, rtol=1e-3, atol=1e-6)
     for skipped in (first[1], second[1]):
         assert all(map(torch.equal, skipped, before))
-    whole, killed = (ending(tmp_path / name) for name in ("whole", "killed"))
-    assert whole == killed and len(whole["on-policy.csv"]) == 2
+    whole = ending(tmp_path / "whole")
+    assert whole == ending(tmp_path / "killed") and len(whole["on-policy.csv"]) == 2
     assert {float(row["ratio_first"]) for row in whole["on-policy.csv"]} == {1.0}
     assert done.stdout.count("Run folder") == 2             # of one process, in two runs
 
@@ -1431,7 +1332,9 @@ def test_a_run_that_is_not_finite_says_so(tmp_path, base, quick, monkeypatch, ca
     monkeypatch.setattr(WeightedReward, "__call__", lambda *a: {
         name: x * math.nan for name, x in plain(*a).items()})
     assert arcopo.main([*ON, "--steps", 1, "--base", base, "--out", tmp_path / "run"]) == 1
-    assert "6 rewards left out" in told(capsys) and (tmp_path / "run" / "report.md").exists()
+    error = capsys.readouterr().err
+    assert "6 rewards left out" in error and "nothing was learned" in error
+    assert (tmp_path / "run" / "report.md").exists()
 
 
 @pytest.mark.parametrize("error, code, says", [
@@ -1440,19 +1343,13 @@ def test_a_run_that_is_not_finite_says_so(tmp_path, base, quick, monkeypatch, ca
      "out of memory ("), (KeyboardInterrupt(), 130, "interrupted")])
 def test_too_little_memory_and_ctrl_c_are_one_line(error, code, says, tmp_path, base, quick,
                                                    monkeypatch, capsys):
-
-    def fails(*a):
-        raise error
-
-    monkeypatch.setattr(arcopo, "iterate", fails)
+    monkeypatch.setattr(arcopo, "iterate", Mock(side_effect=error))
     out = tmp_path / "run"
     assert arcopo.main([*ON, "--base", base, "--out", out]) == code
     line = told(capsys)
     assert line.startswith("arcopo: ") and says in line
     assert line.endswith(f"; continue with --resume {out}")
 
-
-# ------------------------------------------------------------------ bad input
 
 def broken_files(folder: Path, base: Path) -> dict[str, Path]:
     names = "missing truncated misshapen afile half".split()
@@ -1497,9 +1394,7 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(line, says, tmp_p
 
 
 def test_weights_never_load_through_pickle(tmp_path):
-
     class Runs:
-
         def __reduce__(self):
             return (Path(tmp_path / "ran").touch, ())
 
@@ -1569,7 +1464,7 @@ def test_the_readmes_python_runs(recipe, base):
     assert done.stdout
 
 
-# ------------------------------------------------------------------ studies and rewards of examples/
+# ------------------------------------------------------------------ studies, published rewards
 
 def test_sde_ascends_the_log_densities_of_its_re_noisings():
     """Branches differ in the solver noise alone. The first step is the gradient of the densities,
@@ -1608,20 +1503,11 @@ def test_a_run_of_the_baseline_writes_its_files_and_resumes(tmp_path, base, quic
     files = {"sde-grpo", "sde-grpo.csv", "sde-grpo-curve.csv"}
     assert left(tmp_path / "whole") == LEFT | files
     assert [row["ratio_first"] for row in read(tmp_path / "whole" / "sde-grpo.csv")] == ["1.0"] * 2
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
-        dies(patch, sde_grpo, "iterate", 2, False)
-        sde_grpo.main([*line, tmp_path / "killed"])
+    killed(sde_grpo.main, [*line, tmp_path / "killed"], sde_grpo, "iterate", 2)
     assert sde_grpo.main(["--resume", tmp_path / "killed"]) == 0
     assert ending(tmp_path / "killed") == ending(tmp_path / "whole")
-
-
-def test_the_baseline_refuses_a_sampler_without_noise(tmp_path, base, capsys):
-    flow = save_base(tmp_path / "flow.safetensors", little(flow=True))
-    for more in (["--base", flow], ["--base", base, "--timesteps", "1"]):
-        assert sde_grpo.main([*more, "--out", tmp_path / "run"]) == 2
-        out, error = capsys.readouterr()
-        assert error.startswith("arcopo: --base, --timesteps: ") and error.count("\n") == 1
-        assert "--resume" not in error and not out and not (tmp_path / "run").exists()
+    without_noise = [*line, tmp_path / "other", "--timesteps", "1"]
+    assert sde_grpo.main(without_noise) == 2 and not (tmp_path / "other").exists()
 
 
 def test_the_entropy_study_measures_a_change_only_where_noise_is_redrawn(tmp_path, base, quick,
@@ -1638,19 +1524,16 @@ def test_the_entropy_study_measures_a_change_only_where_noise_is_redrawn(tmp_pat
 def test_the_base_study_counts_errors_and_orders_by_auc(tmp_path, quick, base, monkeypatch):
     one, two = torch.tensor([0.1, 0.9]), torch.tensor([0.5, 0.2])
     assert base_study.auc(one, two) == 0.5 and base_study.auc(one + 1, two) == 1
-    assert math.isclose(base_study.correlation(two[None], -2 * two[None]), -1)
     monkeypatch.setattr(base_study, "HELD_OUT_PROMPTS", PROMPTS)
     monkeypatch.setattr(base_study, "sample_batches",
                         lambda model, prompts, *a: make_clips(prompts, seeded(0), "sharp"))
-    names = "reward", "ta", "vq", "mq"
-    reward_of = lambda *a: dict.fromkeys(names, brightness(*a)["reward"])
-    monkeypatch.setattr(base_study, "load", lambda settings: (
-        arcopo.load_generator(base), reward_of, None))
+    scores = lambda *a: dict.fromkeys(("reward", "ta", "vq", "mq"), brightness(*a)["reward"])
+    monkeypatch.setattr(base_study, "load",
+                        lambda settings: (arcopo.load_generator(base), scores, None))
     assert base_study.main(["--group", 4, "--out", tmp_path / "run"]) == 0
     found = {(row["subject"], row["measure"]): row["value"]
              for row in read(tmp_path / "run" / "base.csv")}
     assert float(found["clips", "all right"]) == 1 and float(found["clips", "empty"]) == 0
-    assert found["clips", "AUC of TA, colour"] == ""            # as no clip is wrong
     for p in range(CHUNKS):
         assert float(found[f"pivot {p + 1}", "deviation of ta"]) > 0
         assert abs(float(found[f"pivot {p + 1}", "ta and area"])) <= 1
@@ -1712,15 +1595,12 @@ def test_claims_resumes(tmp_path, base, quick, monkeypatch):
         claims.Run("C9", "other", "python none.py")])
     line = ["C1", "--seeds", 2, "--out", out, "--extra", f"--base {base} {' '.join(BLUE)}"]
     assert claims.main(line) == 2 and claims.main(line) == 0
-    assert len(calls) == 3 and calls[1] == calls[2]
-    rows, curves = read(out / "results.csv"), read(out / "curves.csv")
-    assert [(row["run"], row["seed"], row["model"]) for row in rows] == [
+    assert [(row["run"], row["seed"], row["model"]) for row in read(out / "results.csv")] == [
         ("ta", seed, model) for seed in "01" for model in ("base", "on-policy")]
-    assert [row["step"] for row in curves] == ["0", "1"] * 2
-    assert {"judge", "area"} < set(curves[0]) - {"training", "step"} < set(rows[0])
+    assert [row["step"] for row in read(out / "curves.csv")] == ["0", "1"] * 2
     before = content(out)
     assert claims.main(line) == claims.main(["C2", *line[1:]]) == 0
-    assert len(calls) == 3 and content(out) == before and claims.main(["C3"]) == 2
+    assert len(calls) == 3 and calls[1] == calls[2] and content(out) == before
 
 
 def test_the_tables_of_readme_and_evidence_are_those_of_the_csvs(tmp_path, monkeypatch, capsys):
@@ -1747,35 +1627,29 @@ def test_figures_draws_every_plot_from_the_shipped_csvs(tmp_path):
     assert shown == {file.name for file in (HERE / "assets").glob("*.[pg][ni][gf]")}
 
 
-def test_pretraining_killed_and_resumed_is_the_same_bit_for_bit(tmp_path, monkeypatch, capsys):
-    """In either stage; arcopo.py loads what it writes."""
+def test_pretraining_killed_and_resumed_is_the_same_bit_for_bit(tmp_path, monkeypatch):
     few = ["--teacher-steps", 4, "--student-steps", 4, "--batch", 2, "--width", 16, "--layers", 1,
-           "--heads", 1, "--device", "cpu"]
-    run = lambda out, *more: pretrain.main(["--out", tmp_path / out, *few, *more])
+           "--heads", 1, "--device", "cpu", "--out"]
+    whole, again = tmp_path / "whole", tmp_path / "again"
     monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
-    assert run("whole") == 0
+    assert pretrain.main([*few, whole]) == 0
     for call in (4, 6):                         # step 4 of the teacher, then of the student
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
-            dies(patch, pretrain, "draw_batch", call, False)
-            run("killed")
-    assert run("killed") == 0
-    whole, killed = (tmp_path / out for out in ("whole", "killed"))
-    assert ending(whole) == ending(killed) and len(read(whole / "student.csv")) == 4
+        killed(pretrain.main, [*few, again], pretrain, "draw_batch", call)
+    assert pretrain.main([*few, again]) == 0
+    assert ending(whole) == ending(again) and len(read(whole / "student.csv")) == 4
     for name, flow in (("teacher.safetensors", True), ("base.safetensors", False)):
-        assert (whole / name).read_bytes() == (killed / name).read_bytes()
+        assert (whole / name).read_bytes() == (again / name).read_bytes()
         assert arcopo.load_generator(whole / name).flow == flow
-    assert run("killed", "--batch", 3) == 2 and "other settings" in told(capsys)
+    assert pretrain.main([*few, again, "--batch", 3]) == 2
 
 
 def test_wrong_captions_show_another_colour_or_shape():
     for share in (0, 1):
-        rng = seeded(0)
-        shown = pretrain.wrong_captions(TRAIN_PROMPTS, share, rng)
+        shown = pretrain.wrong_captions(TRAIN_PROMPTS, share, seeded(0))
         differ = reward.attributes(shown) != reward.attributes(TRAIN_PROMPTS)
         assert set(shown) <= set(TRAIN_PROMPTS) and (differ.sum(1) == share).all()
         colours, shapes, motions = differ.sum(0)
         assert motions == 0 and min(colours, shapes) >= 20 * share
-        assert torch.equal(rng.get_state(), seeded(0).get_state()) == (share == 0)
 
 
 def test_retraining_the_clip_writes_what_open_clip_loads(tmp_path):

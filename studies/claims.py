@@ -2,7 +2,7 @@
 
 Appends to results.csv (the final table of each run) and curves.csv (scores along training), or to
 base.csv, entropy.csv or cost.csv, in --out, by default this folder. What is there is not run again.
-"base" describes the generators, "settings" changes one setting at a time, "tuning" is the search.
+"base" describes the generators, "settings" changes one setting at a time.
 """
 
 import csv
@@ -22,7 +22,6 @@ BUFFERED = "python arcopo.py --method {} --seed S --steps 100 --judge-every 10"
 SDE = "python -m studies.sde_grpo --seed S --steps"
 RECIPE = "python -m studies.merging --seed S --steps 100 --sweep 0.4,0.6,0.8,1,1.5,2"
 DISTILLED = "--timesteps 1,0.5,0.25,0.1"        # at which the student was distilled
-TUNING = "--judge-prompts training"             # no reported score of a model has these prompts
 SEPARATE = "base", "entropy", "cost"            # runs that write a CSV of this name, and no other
 
 
@@ -110,7 +109,7 @@ def main(arguments: list | None = None) -> int:
     try:
         parser = Parser(description=__doc__.split("\n\n")[0])
         parser.add_argument("claims", nargs="+", metavar="CLAIM",
-                            help="base, C1 ... C8, settings, tuning")
+                            help="base, C1 ... C8, settings")
         parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1 [5]")
         parser.add_argument("--out", default=str(HERE), help="folder of the CSVs [studies]")
         parser.add_argument("--extra", type=shlex.split, default=[],
