@@ -117,9 +117,8 @@ def test_judge_is_near_perfect_on_the_sharp_world_and_low_on_any_other():
     wrong = [reward.prompt_of((c + 1) % 6, (s + 1) % 4, (m + 1) % 5) for c, s, m in triples]
     clips = make_clips(TRAIN_PROMPTS, seeded(0), "sharp")
     sharp, low = judge(clips, TRAIN_PROMPTS), judge(clips, wrong)
-    assert sharp["all_right"].mean() > 0.99
+    assert sharp["all_right"].mean() > 0.99 > 0.02 > low["text"].mean()
     assert sharp["visual"].min() > 0.9 and sharp["motion_quality"].min() > 0.85
-    assert all(low[name].mean() < 0.02 for name in ("colour", "shape", "direction"))
     for quality, visual, motion in (("blurry", 0.8, 1), ("noisy", 0.3, 0.7), ("dim", 0.55, 1),
                                     ("flickering", 0.7, 0.55)):
         scores = judge(make_clips(TRAIN_PROMPTS, seeded(0), quality), TRAIN_PROMPTS)
@@ -226,8 +225,7 @@ def one_pass(model: Generator, x: Tensor, t: Tensor, prompts: list[str]) -> tupl
 
 
 def test_cached_prediction_equals_one_pass_with_the_block_causal_mask():
-    """Of a clean past and a noisy chunk, each row at a time of its own. Other rows and later chunks
-    have no effect."""
+    """Each row at a time of its own; other rows and later chunks have no effect."""
     model, clean = tiny(), 2 * make_clips(PROMPTS, seeded(0)).unflatten(1, (CHUNKS, -1)) - 1
     nn.init.normal_(model.smooth[2].weight, std=0.1)        # zero at first
     noisy, t = torch.randn(clean.shape, generator=seeded(2)), torch.rand(3, 4, generator=seeded(1))
@@ -288,14 +286,13 @@ def test_explore_forks_random_prompts_and_pivots_by_neighbours_of_the_initial_no
         assert torch.allclose((first * second).mean(1), torch.tensor(0.75), atol=0.08)   # 1 - σ²
         assert seen[-1][1] == [p for p in branches.prompts for _ in range(2)]
         assert torch.equal(found["reward"].flatten(), brightness(*seen[-1])["reward"])
-        places |= {(branches.prefix.shape[1], p) for p in branches.prompts}
-    assert {pivot for pivot, p in places} == {0, 1, 2, 3} and {p for _, p in places} == set(PROMPTS)
+        places |= {branches.prefix.shape[1], *branches.prompts}
+    assert places == {0, 1, 2, 3, *PROMPTS}
 
 
 @pytest.mark.parametrize("flow", [False, True])
 def test_sampler_re_noises_as_self_forcing_or_takes_euler_steps(flow):
-    """With a model that predicts 3, every state but the first is (1 - t) 3 + t noise: new noise, or
-    for a flow model that of the state before."""
+    """From a model that predicts 3. A flow model keeps its noise, the other gets new noise."""
     predict = lambda x, t, context: torch.full_like(x, 3.0)
     model = SimpleNamespace(timesteps=(1.0, 0.5, 0.25), flow=flow, predict=predict)
     initial, solver = torch.randn(2, 5), torch.randn(2, 0 if flow else 2, 5)
@@ -307,13 +304,11 @@ def test_sampler_re_noises_as_self_forcing_or_takes_euler_steps(flow):
 
 
 def test_no_two_random_streams_coincide():
-    """Whatever the seed, beyond 32 and 63 bits too, and whatever the names after it."""
-    streams = [("curve",), ("explored", "adapter"), ("explored", 1), ("explored", 1, 1)]
-    drawn = [torch.randint(2**62, (2,), generator=seeded(seed, *stream)).tolist()
-             for seed in (*range(100), 2**31, 2**32, 2**63, -1, 10**18) for stream in streams]
-    assert len({tuple(numbers) for numbers in drawn}) == len(drawn)
-    draw = lambda *key: torch.randn(100_000, generator=seeded(*key))
-    assert abs((draw(1, 23) * draw(12, 3)).mean()) < 0.02 and torch.equal(draw(5), draw(5))
+    streams = [("curve",), ("explored", "adapter"), ("explored", 1), ("explored", 1, 1), (1, 23)]
+    seeds = (*range(100), 2**31, 2**32, 2**63, -1, 10**18)      # beyond 32 and 63 bits
+    drawn = [torch.randint(2**62, (), generator=seeded(seed, *stream)).item()
+             for stream in (*streams, (12, 3)) for seed in seeds]
+    assert len(set(drawn)) == len(drawn)
 
 
 # ------------------------------------------------------------------ objective
@@ -327,8 +322,6 @@ def test_neighbor_noise():
         assert torch.allclose(share, torch.tensor((1 - sigma**2) ** 0.5), atol=0.03)
         assert torch.corrcoef(noise)[0, 1] == pytest.approx(1 - sigma**2, abs=0.03)
     assert torch.equal(neighbor_noise(base, 0.0, 2), base.expand(2, -1))
-    with pytest.raises(ValueError, match="sigma"):
-        neighbor_noise(base, 1.5, 2)
 
 
 def test_group_advantages():
@@ -381,10 +374,9 @@ def test_clip_stops_the_gradient_only_where_it_was_already_won():
 def test_pairs_are_all_steps_with_the_same_random_anchors():
     counts = torch.zeros(5)
     for i in range(1000):
-        pairs = draw_pairs(3, 5, 2, seeded(i)).view(3, 2, 2)
-        assert torch.equal(pairs[..., 0], torch.arange(3)[:, None].expand(3, 2))
-        assert torch.equal(pairs[..., 1], pairs[:1, :, 1].expand(3, 2))
-        counts[pairs[0, :, 1]] += 1     # counts once if the two anchors were one
+        pairs = draw_pairs(3, 5, 2, seeded(i))
+        assert pairs.tolist() == [[t, b] for t in range(3) for b in pairs[:2, 1].tolist()]
+        counts[pairs[:2, 1]] += 1       # counts once if the two anchors were one
     assert counts.sum() == 2000 and (counts - 400).abs().max() < 80         # five deviations
 
 
@@ -402,7 +394,7 @@ def trainer(model: nn.Module, adapter: Adapter, buffer=None, prompts=TRAIN_PROMP
 
 def gradient(model: nn.Module, adapter: Adapter, branches: Fork, rewards: Tensor,
              buffered: bool = False, **changes) -> list[Tensor]:
-    """Of one update, at a learning rate of 0."""
+    """Of one update."""
     optimizer = torch.optim.SGD(adapter.parameters(), 0.0)
     method = tiny_method(**{"updates": 1, "clip_range": math.inf} | changes)
     row = update(model, adapter, optimizer, branches, rewards, method, seeded(1), buffered)
@@ -488,17 +480,17 @@ def test_the_buffer_is_of_the_reference_and_draws_return_its_entries():
     buffer = collect_buffer(model, tiny_method(), TRAIN_PROMPTS, again, 6, 0)
     rng = seeded(0, "buffer", 0)
     branches, scores = explore(model, tiny_method(), TRAIN_PROMPTS, brightness, rng)
-    for group, rewards, candidates in zip(buffer, scores["reward"], branches.candidates):
-        assert torch.equal(group["scores"]["reward"], rewards)
-        assert torch.equal(group["candidates"], candidates.half())
+    for n, group in enumerate(buffer[:2]):
+        assert torch.equal(group["scores"]["reward"], scores["reward"][n])
+        assert torch.equal(group["candidates"], branches.candidates[n].half())
     for i in range(30):
         branches, scores = draw_from(buffer, model, 3, seeded(i))
         context = model.begin(branches.prompts)
         for x0 in branches.prefix.unbind(1):
             context = model.extend(context, x0)
         assert torch.equal(context.kv, branches.context.kv) and 1 <= len(branches.states) <= 3
-        for n, rewards in enumerate(scores["reward"]):
-            row = [torch.equal(group["scores"]["reward"], rewards) for group in buffer].index(True)
+        for n, value in enumerate(scores["reward"]):
+            row = [torch.equal(group["scores"]["reward"], value) for group in buffer].index(True)
             seen.add(row)
             assert branches.prompts[n] == buffer[row]["prompt"]
             for name in ("prefix", "states", "candidates"):
@@ -507,14 +499,12 @@ def test_the_buffer_is_of_the_reference_and_draws_return_its_entries():
 
 
 @pytest.mark.parametrize("scores, s", [
-    ({0.4: (0.1, 0.6), 0.8: (0.2, 0.51), 1.0: (0.9, 0.49)}, 0.8),       # 1.0 is reward hacking
-    ({1.0: (0.9, 0.9), 0.4: (0.1, 0.6)}, 1.0), ({}, None),              # whatever the order
-    ({0.4: (-0.1, 0.9), 0.8: (0.2, 0.4)}, None),                        # none improves both
+    ({0.8: (0.2, 0.51), 1.0: (0.9, 0.49), 0.4: (0.1, 0.6)}, 0.8),       # 1.0 is reward hacking
+    ({0.4: (-0.1, 0.9), 0.8: (0.2, 0.4)}, None), ({}, None),            # none improves both
     ({0.4: (0.1, 0.6), 0.8: (0.0, 0.6), 1.0: (0.1, 0.5)}, 0.4),         # a tie is no improvement
     ({0.4: (0.1, 0.6), 0.8: (math.nan, 0.6), 1.0: (0.1, math.nan)}, 0.4)])
 def test_the_rule_that_chooses_s(scores, s):
     assert choose_strength(scores, (0.0, 0.5)) == s
-    assert choose_strength(scores, (math.nan, 0.5)) is None
 
 
 def test_merging_two_adapters_equals_applying_both(tmp_path):
@@ -526,8 +516,6 @@ def test_merging_two_adapters_equals_applying_both(tmp_path):
     merge_adapters((a, 1.0), (b, 0.6)).save(tmp_path / "merged", model)
     with Adapter.load(tmp_path / "merged", model).on(model):
         assert torch.allclose(sample(model, PROMPTS, noise), both, atol=1e-5)
-    with pytest.raises(ValueError, match="same layers"):
-        merge_adapters((a, 1.0), (Adapter.new(model, 2, 1.0, targets="head"), 1.0))
 
 
 def test_hooks_and_merged_weights_are_the_same_adapter_and_undone_exactly():
@@ -607,18 +595,19 @@ def test_a_non_finite_gradient_skips_the_update(buffered):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("buffered", [False, True])
 def test_cuda_agrees_with_the_cpu(buffered):
-    model, found = tiny(), []
+    model, found, rows = tiny(), [], []
     for device in ("cpu", "cuda"):
         model.to(device)
-        adapter = nonzero(new_adapter(model))
-        row = trainer(model, adapter, buffer=tiny_buffer(model) if buffered else None, updates=1)(0)
-        assert row["skipped"] == 0 and (buffered or row["ratio_first"] == 1)
+        adapter, buffer = nonzero(new_adapter(model)), tiny_buffer(model) if buffered else None
+        rows.append(trainer(model, adapter, buffer, updates=1)(0))
         branches, clips = forked(model, 1)
         slope = gradient(model, adapter, branches, clips.flatten(2).mean(2), buffered, floor=1e-3)
-        found.append([x.cpu() for x in (clips, *slope)] + [row["reward"], row["grad_norm"]])
-    for x, y in zip(*(own[:-2] for own in found)):
+        found.append([x.cpu() for x in (clips, *slope)])
+        assert rows[-1]["skipped"] == 0 and (buffered or rows[-1]["ratio_first"] == 1)
+    for x, y in zip(*found):
         assert torch.allclose(x, y, rtol=0.05, atol=1e-3)
-    assert found[0][-2:] == pytest.approx(found[1][-2:], rel=0.05)
+    for name in ("reward", "grad_norm"):
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=0.05)
 
 
 @pytest.mark.skipif(
@@ -626,8 +615,8 @@ def test_cuda_agrees_with_the_cpu(buffered):
     reason="the fake GPU of older versions of torch needs a driver")
 @pytest.mark.parametrize("name", ["on-policy", "semi", "flow"])
 def test_training_runs_on_a_fake_gpu(name, monkeypatch):
-    """On torch's fake CUDA device, tensors on the wrong device raise. What needs values is
-    stubbed; its calls are counted: one decision an update, the metrics once."""
+    """There, tensors on the wrong device raise. What needs values is stubbed, and counted: one
+    decision an update, the metrics once."""
     waits = []
 
     def stub(name, result):
@@ -736,10 +725,9 @@ def test_the_core_runs_on_another_generator_of_any_latent_shape(shape, flow, dty
 
 @pytest.mark.parametrize("model, buffered", [
     (tiny(), False), (tiny(flow=True), True), (tiny(), True), (Other((6,), True), False),
-    (Other((2, 3, 2, 2, 2)), False)], ids="few-step flow buffered vectors 5-axes".split())
+    (Other((2, 3, 2, 2, 2)), False)])
 def test_an_update_is_the_plain_loop_over_prompts_steps_and_anchors(model, buffered):
-    """The step of ascent that update takes, against one π_θ(i | s_t) at a time. Buffered: π_old is
-    the base, so the ratio is not one, and the clip leaves terms out."""
+    """One π_θ(i | s_t) at a time. Buffered: π_old is the base, so the clip leaves terms out."""
     method = tiny_method(updates=1, tau=0.02, quasi_norm=0.8, floor=0.5)
     branches, rewards = forked(model, 1)[0], torch.randn(3, 4, generator=seeded(2))
     adapter, times = nonzero(new_adapter(model)), (*model.timesteps, 0.0)
@@ -760,31 +748,28 @@ def test_an_update_is_the_plain_loop_over_prompts_steps_and_anchors(model, buffe
     ratio = (log_pi - (base if buffered else log_pi.detach())).exp()
     J = torch.minimum(ratio * A, ratio.clamp(0.99, 1.01) * A).mean()
     gradients = torch.autograd.grad(J, adapter.parameters())
-    before = [p.detach().clone() for p in adapter.parameters()]
-    row = update(model, adapter, torch.optim.SGD(adapter.parameters(), 1.0), branches, rewards,
+    row = update(model, adapter, torch.optim.SGD(adapter.parameters(), 0.0), branches, rewards,
                  method, seeded(1), buffered)
-    for p, start, gradient in zip(adapter.parameters(), before, gradients):
-        assert torch.allclose(p - start, gradient, rtol=1e-2, atol=1e-3 * gradient.abs().max())
+    for p, expected in zip(adapter.parameters(), gradients):        # descent on -J
+        assert torch.allclose(-p.grad, expected, rtol=1e-2, atol=1e-3 * expected.abs().max())
     assert (row["ratio_first"] == 1) != buffered and (row["clip_fraction"] > 0.1) == buffered
 
 
-@pytest.mark.parametrize("model, buffered", [(Other(), False), (tiny(), True)],
-                         ids=["other", "miniature"])
+@pytest.mark.parametrize("model, buffered", [(Other(), False), (tiny(), True)])
 def test_slices_change_nothing_but_the_memory(model, buffered):
-    """micro rows at a time: the same branches, clips, ratios and gradient, to rounding."""
+    """micro rows at a time: the same clips and gradient, to rounding."""
     found, largest, rewards = [], [], torch.randn(3, 4, generator=seeded(2))
     model.register_forward_pre_hook(lambda module, inputs: largest.append(len(inputs[0])))
+    adapter = nonzero(new_adapter(model))
     for micro in (0, 7, 15):        # of 15, the slices are not equal
         branches, clips = forked(model, 1, micro=micro)
-        adapter = nonzero(new_adapter(model))
-        optimizer = torch.optim.SGD(adapter.parameters(), 0.1)
-        method = tiny_method(micro=micro, clip_range=math.inf)  # rounding decides about a clip
-        row = update(model, adapter, optimizer, branches, rewards, method, seeded(3), buffered)
-        found.append([clips, branches.candidates, *adapter.parameters(), row["ratio_first"]])
-        assert row["skipped"] == 0 and max(largest) <= (micro or 24)
+        slope = gradient(model, adapter, branches, rewards, buffered, micro=micro)
+        found.append((clips, slope))
+        assert max(largest) <= (micro or 24)
         largest.clear()
-    for other in found[1:]:
-        assert all(torch.allclose(x, y, rtol=1e-3, atol=1e-5) for x, y in zip(other, found[0]))
+    for clips, slope in found[1:]:
+        assert torch.allclose(clips, found[0][0], rtol=1e-3, atol=1e-5)
+        assert near(slope, found[0][1])
 
 
 def test_gradient_checkpointing_gives_the_same_gradient():
@@ -802,21 +787,19 @@ def test_lora_is_in_float32_beside_bfloat16_weights():
     x = torch.randn(5, model.into.in_features, generator=seeded(0)).bfloat16()
     adapter = nonzero(Adapter.new(model, 4, 8.0, seeded(0)))
     A, B = adapter.weights["into"]
+    delta = (x.float() @ A.T @ B.T).bfloat16()
+    expected = torch.add(model.into(x), delta, alpha=2)
     for mode in (torch.enable_grad, torch.no_grad):     # never merged into bfloat16
         with mode(), adapter.on(model):
-            delta = (x.float() @ A.T @ B.T).bfloat16()
-            expected = torch.add(model.into.forward(x), delta, alpha=2)
             assert torch.equal(model.into(x), expected) and A.dtype == torch.float32
 
 
 def test_an_adapter_of_another_base_or_other_times_is_refused(tmp_path):
-    model, folder = tiny(), tmp_path / "run" / "semi"
-    other, slower = tiny(), tiny()
+    model, other, slower, folder = tiny(), tiny(), tiny(), tmp_path / "semi"
     other.fingerprint, slower.timesteps = "bbbb", (1.0, 0.5)
     Adapter.new(model, 2, 2.0).save(folder, model)
     assert Adapter.load(folder, model).alpha == 2
-    for place, loading, says in ((tmp_path / "run", model, "but in .*semi$"),
-                                 (tmp_path, model, "there is no adapter_model.safetensors"),
+    for place, loading, says in ((tmp_path, model, "but in .*semi$"),
                                  (folder, other, "another base .*; see --base"),
                                  (folder, slower, "another timesteps .*; see --timesteps")):
         with pytest.raises(UserError, match=says):
@@ -1057,11 +1040,6 @@ def ending(folder: Path) -> dict:
                      for file in sorted(folder.glob("*/adapter_*"))}
 
 
-def told(capsys) -> str:
-    """The one line on stderr, after the bars."""
-    return re.split(r"[\r\n]", capsys.readouterr().err.strip())[-1]
-
-
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, base) -> tuple[Path, str]:
     """A run with the shipped CLIP, and its stdout."""
@@ -1077,19 +1055,18 @@ def test_the_recipe_writes_what_the_readme_says(recipe, base):
     folder, out = recipe
     names = [name + end for name in ("on-policy", "semi") for end in (".csv", "-curve.csv", "")]
     assert left(folder) == LEFT | {*names, "buffer.pt", "merged"}
-    rows, curve = read(folder / "on-policy.csv"), read(folder / "semi-curve.csv")
-    assert [row["step"] for row in rows] == ["1", "2"] and curve[1]["step"] == "2"
+    rows = read(folder / "on-policy.csv")
     columns = ("step pivot reward ta mq not_finite deviation flat_groups replay_error "
                "ratio_first clip_fraction grad_norm skipped seconds")
     assert list(rows[0]) == columns.split() == list(read(folder / "semi.csv")[0])
-    assert all(float(row["ratio_first"]) == 1 for row in rows)
+    assert [(row["step"], float(row["ratio_first"])) for row in rows] == [("1", 1), ("2", 1)]
     judged = read(folder / "judged.csv")
     assert [row["model"] for row in judged] == ["base", "semi", "s = 0.5", "on-policy"]
     both = [(float(row["reward"]), float(row["judge"])) for row in judged]
     s = choose_strength({0.5: both[2]}, both[0])
     assert f"| {'semi' if s is None else 's = 0.5'} * " in out and out.count(" * ") == 1
     saved = json.loads((folder / "settings.json").read_text())
-    assert saved["settings"]["group"] == 3 and saved["settings"]["base"] == str(base)
+    assert saved["settings"]["base"] == str(base)
     mean, std = saved["reward_scales"]["ta"]                            # the buffer: of TA alone
     buffer = torch.load(folder / "buffer.pt", weights_only=True)
     for scores in (group["scores"] for group in buffer):
@@ -1127,21 +1104,19 @@ def test_clips_are_streamed_with_an_adapter(recipe, base, tmp_path, monkeypatch)
 
 
 def test_a_reward_of_ones_own_is_in_every_table(tmp_path, base, quick, monkeypatch):
-    """Of a module in the current folder, which imports its neighbour at the first call. One that
-    writes into its clips and prompts changes nothing for the next."""
+    """Of a module in the current folder that imports its neighbour and writes into its inputs."""
     (tmp_path / "neighbour.py").write_text("def mean(clips): return clips[:, :, 2].mean((1, 2, 3))")
     (tmp_path / "my_rewards.py").write_text(
         "def spoils(clips, prompts):\n    from neighbour import mean\n    value = mean(clips)\n"
         "    clips.zero_()\n    prompts.clear()\n    return value\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])
-    names = ["my_rewards:spoils", f"{__name__}:blue"]
-    mine = ["--reward", f"{names[0]}=0.5,{names[1]}=1", "--buffer-reward", f"{names[0]}=1"]
-    assert arcopo.main([*RECIPE, *mine, "--steps", 1, "--base", base, "--out", "run"]) == 0
+    mine, own = "my_rewards:spoils", f"{__name__}:blue"
+    more = ["--reward", f"{mine}=0.5,{own}=1", "--buffer-reward", f"{mine}=1", "--out", "run"]
+    assert arcopo.main([*RECIPE, *more, "--steps", 1, "--base", base]) == 0
     for file in ("on-policy", "semi", "on-policy-curve", "semi-curve", "judged"):
         row = read(tmp_path / "run" / f"{file}.csv")[0]
-        assert {"reward", *names} <= set(row) and "vq" not in row
-        assert row[names[0]] == row[names[1]] != "0.0"
+        assert row[mine] == row[own] != "0.0" and "reward" in row and "vq" not in row
 
 
 # ------------------------------------------------------------------ resume, torchrun, errors
@@ -1193,8 +1168,7 @@ def test_a_run_killed_anywhere_ends_as_if_it_never_was(kind, place, name, call, 
 
 
 def test_a_run_can_be_extended(tmp_path, base, whole, quick):
-    """It equals one that was long from the start: the point of the curve at the old end is gone.
-    Killed, it goes on to its new end by --resume FOLDER alone."""
+    """It equals one that was long from the start: the point of the curve at the old end is gone."""
     out = tmp_path / "run"
     assert arcopo.main([*RECIPE, "--steps", 1, "--base", base, "--out", out]) == 0
     assert [row["step"] for row in read(out / "semi-curve.csv")] == ["0", "1"]
@@ -1294,8 +1268,7 @@ def one_of_two_processes(folder: Path, base: Path) -> None:
 
 
 def test_two_processes_are_one_with_the_groups_of_both(tmp_path, base):
-    """The update is that of one process to rounding, a gradient that is not finite on one skips
-    it on both, one writes, and a run resumes."""
+    """A gradient that is not finite on one skips the update on both; one writes."""
     (tmp_path / "worker.py").write_text(
         f"import sys; from pathlib import Path; import {__name__} as tests; "
         "tests.one_of_two_processes(*map(Path, sys.argv[1:]))")
@@ -1320,10 +1293,9 @@ def test_two_processes_are_one_with_the_groups_of_both(tmp_path, base):
 
 def test_a_buffered_method_runs_alone_also_with_a_flow_model(tmp_path, quick):
     flow, out = save_base(tmp_path / "flow.safetensors", little(flow=True)), tmp_path / "run"
-    line = [*RECIPE[:-2], "--method", "off-policy", "--steps", 1, "--base", flow]
-    assert arcopo.main([*line, "--out", out]) == 0
-    names = {"off-policy", "off-policy.csv", "off-policy-curve.csv"}
-    assert left(out) == LEFT | names | {"buffer.pt"}
+    line = [*RECIPE[:-2], "--method", "off-policy", "--steps", 1, "--base", flow, "--out", out]
+    assert arcopo.main(line) == 0
+    assert left(out) == LEFT | {"off-policy", "off-policy.csv", "off-policy-curve.csv", "buffer.pt"}
     assert [row["model"] for row in read(out / "judged.csv")] == ["base", "off-policy"]
 
 
@@ -1346,42 +1318,30 @@ def test_too_little_memory_and_ctrl_c_are_one_line(error, code, says, tmp_path, 
     monkeypatch.setattr(arcopo, "iterate", Mock(side_effect=error))
     out = tmp_path / "run"
     assert arcopo.main([*ON, "--base", base, "--out", out]) == code
-    line = told(capsys)
+    line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("arcopo: ") and says in line
     assert line.endswith(f"; continue with --resume {out}")
 
 
-def broken_files(folder: Path, base: Path) -> dict[str, Path]:
-    names = "missing truncated misshapen afile half".split()
-    files = {name: folder / f"{name}.safetensors" for name in names}
-    files["truncated"].write_bytes(base.read_bytes()[:5000])
-    save_base(files["misshapen"], little(), width=8)
-    files["afile"].write_text("in the way")
-    Adapter.new(little(), 2, 2.0).save(files["half"], little())
-    weights = files["half"] / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    return files
-
-
-BAD = [("--bogus 3", "--bogus"), ("--lr x", "--lr"), ("--lr nan", "--lr nan"),
-       ("--group 1", "--anchors 2"), ("--prompts 97", "--prompts 97"),
-       ("--seed -1", "--seed -1"), ("--method grpo", "on-policy"), ("--device tpu9", "tpu9"),
-       ("--samples 2", "no effect here"),
-       ("--method off-policy --clip-range 0.1", "no effect here"),
-       ("--reward ta=1,zz=2", "ta, vq, mq"), ("--reward no_such_module:f=1", "ModuleNotFoundError"),
-       ("--clip {missing} --reward ta=1", "open_clip"), ("--base {missing}", "--base"),
-       ("--base {truncated}", "--base"), ("--base {misshapen}", "--base"),
-       ("--out {afile}/run", "afile"), ("--sample purple", "COLOUR one of red"),
-       ("--sample PROMPT --adapter {half}", "not an adapter")]
-
-
-@pytest.mark.parametrize("line, says", BAD, ids=[line for line, _ in BAD])
+@pytest.mark.parametrize("line, says", [
+    ("--bogus 3", "--bogus"), ("--lr x", "--lr"), ("--lr nan", "--lr nan"),
+    ("--group 1", "--anchors 2"), ("--prompts 97", "--prompts 97"), ("--seed -1", "--seed -1"),
+    ("--method grpo", "on-policy"), ("--device tpu9", "tpu9"), ("--samples 2", "no effect here"),
+    ("--method off-policy --clip-range 0.1", "no effect here"),
+    ("--reward ta=1,zz=2", "ta, vq, mq"), ("--reward no_such_module:f=1", "ModuleNotFoundError"),
+    ("--clip missing --reward ta=1", "open_clip"), ("--base missing", "--base"),
+    ("--base truncated", "--base"), ("--base misshapen", "--base"),
+    ("--out truncated/run", "truncated"), ("--sample purple", "COLOUR one of red"),
+    ("--sample PROMPT --adapter broken", "not an adapter")])
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(line, says, tmp_path, base, quick,
                                                                capsys, monkeypatch):
-    files = broken_files(tmp_path, base)
     monkeypatch.chdir(tmp_path)
+    Path("truncated").write_bytes(base.read_bytes()[:5000])
+    save_base(Path("misshapen"), little(), width=8)
+    Adapter.new(little(), 2, 2.0).save("broken", little())
+    Path("broken/adapter_model.safetensors").write_bytes(b"")
     before = content(tmp_path)
-    line = [PROMPTS[0] if word == "PROMPT" else word.format(**files) for word in line.split()]
+    line = [PROMPTS[0] if word == "PROMPT" else word for word in line.split()]
     if "--base" not in line:
         line += ["--base", base]
     if "--sample" not in line and "--clip" not in line:     # without CLIP, which is slow to load
@@ -1467,8 +1427,7 @@ def test_the_readmes_python_runs(recipe, base):
 # ------------------------------------------------------------------ studies, published rewards
 
 def test_sde_ascends_the_log_densities_of_its_re_noisings():
-    """Branches differ in the solver noise alone. The first step is the gradient of the densities,
-    weighted by the advantages, as all ratios are 1."""
+    """Branches differ in the solver noise alone. The first step, where all ratios are 1."""
     model, adapter = tiny(), nonzero(new_adapter(tiny()))
     noise = draw_noise(model, 3, seeded(0))
     initial, solver = sde_grpo.branch_noise(noise, 1, 4, seeded(0, 1))
@@ -1488,12 +1447,11 @@ def test_sde_ascends_the_log_densities_of_its_re_noisings():
         assert torch.allclose(found[:, i].flatten(), density, atol=1e-4)
         J = J + (density.view(3, 4) * advantages).mean() / 3
     gradients = torch.autograd.grad(J, adapter.parameters())
-    before = [p.detach().clone() for p in adapter.parameters()]
-    optimizer = torch.optim.SGD(adapter.parameters(), 1.0)
+    optimizer = torch.optim.SGD(adapter.parameters(), 0.0)
     row = sde_grpo.update(model, adapter, optimizer, branches, scores, tiny_method(updates=1))
     assert row["ratio_first"] == 1 and row["replay_error"] < 1e-4 and row["clip_fraction"] == 0
-    for p, old, gradient in zip(adapter.parameters(), before, gradients):
-        assert torch.allclose(p - old, gradient, rtol=1e-3, atol=1e-6)
+    for p, expected in zip(adapter.parameters(), gradients):        # descent on -J
+        assert torch.allclose(-p.grad, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_a_run_of_the_baseline_writes_its_files_and_resumes(tmp_path, base, quick, monkeypatch):
@@ -1561,9 +1519,7 @@ def test_the_cost_study_counts_every_part(tmp_path, base, quick, monkeypatch):
 
 
 def test_merging_appends_the_scaled_adapter_to_the_recipes_table(recipe, tmp_path, monkeypatch):
-    """Its rows are those of the on-policy adapter with B times s."""
-    folder = tmp_path / "run"
-    shutil.copytree(recipe[0], folder)
+    folder = shutil.copytree(recipe[0], tmp_path / "run")
     monkeypatch.setattr(merging, "run", lambda settings: 0)
     assert merging.main(["--resume", folder]) == 0
     rows = {row["model"]: row for row in read(folder / "judged.csv")}
@@ -1692,11 +1648,9 @@ def test_hps_is_the_cosine_of_its_checkpoint_on_whole_frames(tiny_clip, tmp_path
 @torch.no_grad()
 def test_aesthetic_is_laions_head_on_unit_features(tiny_clip, tmp_path):
     save_file(tiny_clip.state_dict(), tmp_path / "vit_large_patch14_clip_224.openai.safetensors")
-    sizes = [768, 1024, 128, 64, 16, 1]
-    layers = [nn.Linear(*pair) for pair in zip(sizes, sizes[1:])]
-    for place in (1, 3, 5):         # the dropout of the original, for the numbers in its keys
-        layers.insert(place, nn.Dropout())
-    head, clips = nn.Sequential(*layers).eval(), make_clips(PROMPTS, seeded(0))
+    drop, linear, clips = nn.Dropout(), nn.Linear, make_clips(PROMPTS, seeded(0))
+    head = nn.Sequential(linear(768, 1024), drop, linear(1024, 128), drop, linear(128, 64), drop,
+                         linear(64, 16), linear(16, 1)).eval()
     with pytest.raises(UserError, match="improved-aesthetic-predictor"):
         rewards.aesthetic(clips, PROMPTS)
     weights = {f"layers.{name}": x for name, x in head.state_dict().items()}

@@ -107,15 +107,17 @@ def recipe() -> str:
 
 
 def bases() -> str:
-    """The generators before alignment."""
-    measures = ("all right", "empty", "wrong colour", "wrong shape", "wrong direction",
-                "visual of right clips", "motion_quality of right clips")
-    table = [["", *(m.replace(" of right clips", "").replace("_quality", "") for m in measures)]]
-    for row in dict.fromkeys(run.command for run in RUNS if run.name == "base"):
-        label = row.rpartition("/")[2].partition(".")[0] if "--base" in row else "base"
-        table.append([label.replace("-", " "), *(
-            spread(values(rows_of("base.csv", command=row, subject="clips", measure=m), "value"), 2)
-            for m in measures)])
+    """The generators before alignment: shares of clips in percent, quality of the right ones."""
+    shares = {"right": "all right", "empty": "empty", "colour": "wrong colour",
+              "shape": "wrong shape", "direction": "wrong direction"}
+    scores = {"visual": "visual of right clips", "motion": "motion_quality of right clips"}
+    table = [["", *shares, *scores]]
+    for command in [run.command for run in RUNS if run.name == "base"]:
+        label = command.rpartition("/")[2].partition(".")[0] if "--base" in command else "base"
+        found = lambda measure, command=command: values(
+            rows_of("base.csv", command=command, subject="clips", measure=measure), "value")
+        table.append([label.replace("-", " "), *(percent(found(m)) for m in shares.values()),
+                      *(spread(found(m), 2) for m in scores.values())])
     return markdown(table)
 
 
