@@ -97,7 +97,6 @@ def tiny_buffer(model: Generator, size: int = 6) -> arcopo.Buffer:
     ("group", (0,)), ("steps", (-1,)), ("lr", (math.nan,)), ("sweep", ((0.5, 0.0), (math.nan,))),
     ("timesteps", ((0.9, 0.5), (1.0, 0.5, 0.5), (1.0, math.nan)))])
 def test_settings_refuse_nonsense_by_name(name, values):
-    assert tiny_method(clip_range=math.inf).clip_range == math.inf
     for build in [tiny_method, tiny_settings] if hasattr(Method, name) else [tiny_settings]:
         for value in values:
             with pytest.raises(ValueError, match=re.escape(f"{name} {value}: must ")):
@@ -311,7 +310,7 @@ def test_no_two_random_streams_coincide():
     assert len(set(drawn)) == len(drawn)
 
 
-# ------------------------------------------------------------------ objective
+# ------------------------------------------------------------------ objective, replay, update
 
 def test_neighbor_noise():
     base = torch.randn(20000, generator=seeded(0))
@@ -379,8 +378,6 @@ def test_pairs_are_all_steps_with_the_same_random_anchors():
         counts[pairs[:2, 1]] += 1       # counts once if the two anchors were one
     assert counts.sum() == 2000 and (counts - 400).abs().max() < 80         # five deviations
 
-
-# ------------------------------------------------------------------ replay and update
 
 def trainer(model: nn.Module, adapter: Adapter, buffer=None, prompts=TRAIN_PROMPTS,
             **changes) -> Callable:
@@ -1074,17 +1071,17 @@ def test_the_recipe_writes_what_the_readme_says(recipe, base):
     assert len(buffer) == 3 and iio.imread(folder / "models.gif").shape[0] == 12
 
 
-@pytest.mark.parametrize("change", [2, -2])
-def test_the_report_says_if_the_choice_is_worse_than_the_base(change, tmp_path, quick, capsys):
-    zeros = {name: torch.zeros(24, 1) for name in ("reward", "judge", "all_right", "area")}
-    moved = change + torch.randn(24, 1, generator=seeded(0))
-    scores = {"base": zeros, "semi": zeros | {"reward": moved, "judge": moved}}
-    clips = {name: torch.zeros(24, 12, 3, 32, 32) for name in scores}
-    arcopo.write_report(tmp_path, tiny_settings(judge_samples=1), clips, scores, 1.0, "semi")
-    assert ("does not improve both" in capsys.readouterr().out) == (change < 0)
-    row = read(tmp_path / "judged.csv")[1]
-    assert math.isclose(float(row["Δ reward"]), moved.mean(), abs_tol=1e-4)
-    assert math.isclose(float(row["± reward"]), moved.std() / 24**0.5, rel_tol=1e-5)
+def test_scores_of_a_prompts_clips_and_their_change_from_the_base():
+    prompts = [p for p in PROMPTS for _ in range(2)]
+    clips, change = make_clips(prompts, seeded(0)), torch.randn(3, 2, generator=seeded(1))
+    found, each = reward.evaluate(clips, prompts, brightness), judge(clips, prompts)
+    assert torch.allclose(found["reward"], clips.mean((1, 2, 3, 4)).view(3, 2))
+    half = [(each[name][::2] - each[name][1::2]) / 2 for name in "xy"]      # of two: the deviation
+    assert torch.allclose(found["spread"], torch.hypot(*half)[:, None].expand(3, 2), atol=1e-4)
+    trained = found | {"reward": found["reward"] + change}
+    row = arcopo.judged_rows({"base": found, "trained": trained})[1]
+    assert row["Δ reward"] == pytest.approx(change.mean().item(), abs=1e-6)
+    assert row["± reward"] == pytest.approx(change.mean(1).std().item() / 3**0.5, rel=1e-5)
 
 
 def test_clips_are_streamed_with_an_adapter(recipe, base, tmp_path, monkeypatch):
@@ -1188,8 +1185,7 @@ def content(folder: Path) -> dict:
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_resume_takes_other_settings_of_the_machine_and_of_judging(tmp_path, base, quick,
-                                                                   monkeypatch):
+def test_resume_takes_other_settings_of_the_machine(tmp_path, base, quick, monkeypatch):
     monkeypatch.chdir(base.parent)
     started(base.name, tmp_path / "run")
     monkeypatch.chdir(tmp_path)
@@ -1311,8 +1307,8 @@ def test_a_run_that_is_not_finite_says_so(tmp_path, base, quick, monkeypatch, ca
 
 @pytest.mark.parametrize("error, code, says", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), 2, "--micro"),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 2,
-     "out of memory ("), (KeyboardInterrupt(), 130, "interrupted")])
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), 2, "out of memory ("),
+    (KeyboardInterrupt(), 130, "interrupted")])
 def test_too_little_memory_and_ctrl_c_are_one_line(error, code, says, tmp_path, base, quick,
                                                    monkeypatch, capsys):
     monkeypatch.setattr(arcopo, "iterate", Mock(side_effect=error))
@@ -1389,7 +1385,6 @@ def test_help_tells_every_setting_and_the_papers_value(capsys):
     for f in fields(Settings):
         assert f"{arcopo.flag(f.name)} " in text and f.metadata["text"][:20] in text
         assert not f.metadata["paper"] or f"(paper: {f.metadata['paper']})" in text
-        assert not f.default or f"[{f.default}]" in text
 
 
 def test_readme_names_what_exists():
@@ -1468,8 +1463,7 @@ def test_a_run_of_the_baseline_writes_its_files_and_resumes(tmp_path, base, quic
     assert sde_grpo.main(without_noise) == 2 and not (tmp_path / "other").exists()
 
 
-def test_the_entropy_study_measures_a_change_only_where_noise_is_redrawn(tmp_path, base, quick,
-                                                                         monkeypatch):
+def test_entropy_changes_only_where_noise_is_redrawn(tmp_path, base, quick, monkeypatch):
     monkeypatch.setattr(entropy, "HELD_OUT_PROMPTS", PROMPTS)
     assert entropy.main(["--base", base, *BLUE, "--out", tmp_path / "run"]) == 0
     rows = read(tmp_path / "run" / "entropy.csv")
@@ -1614,9 +1608,9 @@ def test_retraining_the_clip_writes_what_open_clip_loads(tmp_path):
     assert found.text_alignment(make_clips(PROMPTS, seeded(0)), PROMPTS).isfinite().all()
 
 
-@pytest.fixture
-def tiny_clip(tmp_path, monkeypatch) -> nn.Module:
-    """An open_clip architecture, "tiny-h"; the rewards are of it and of weights in tmp_path."""
+@torch.no_grad()
+def test_hps_is_a_cosine_on_whole_frames_and_aesthetic_laions_head(tmp_path, monkeypatch):
+    """Of a tiny open_clip architecture, and of weights in tmp_path."""
     import open_clip
     config = json.loads((reward.ASSETS / "clip" / "open_clip_config.json").read_text())
     (tmp_path / "tiny-h.json").write_text(json.dumps(config["model_cfg"] | {"embed_dim": 768}))
@@ -1626,34 +1620,24 @@ def tiny_clip(tmp_path, monkeypatch) -> nn.Module:
         plain = getattr(rewards, name).__wrapped__
         monkeypatch.setattr(rewards, name, partial(plain, architecture="tiny-h"))
     torch.manual_seed(0)
-    return open_clip.create_model("tiny-h").eval()
-
-
-@torch.no_grad()
-def test_hps_is_the_cosine_of_its_checkpoint_on_whole_frames(tiny_clip, tmp_path):
-    """Of one with a "state_dict", as HPSv2's own; wide frames are padded with black."""
-    import open_clip
-    clips, file = make_clips(PROMPTS, seeded(0)), tmp_path / "HPS_v2.1_compressed.pt"
+    model, clips = open_clip.create_model("tiny-h").eval(), make_clips(PROMPTS, seeded(0))
     with pytest.raises(UserError, match="HPSv2"):
         rewards.hps(clips, PROMPTS)
-    torch.save({"epoch": 3, "state_dict": tiny_clip.state_dict()}, file)
-    texts = tiny_clip.encode_text(open_clip.get_tokenizer("tiny-h")(PROMPTS), normalize=True)
+    own = {"epoch": 3, "state_dict": model.state_dict()}
+    torch.save(own, tmp_path / "HPS_v2.1_compressed.pt")
+    texts = model.encode_text(open_clip.get_tokenizer("tiny-h")(PROMPTS), normalize=True)
     wide = clips[..., 8:24, :]
     for given, seen in ((clips, clips), (wide, F.pad(wide, (0, 0, 8, 8)))):
-        frames = unit_features(tiny_clip, seen).view(3, 12, -1)
+        frames = unit_features(model, seen).view(3, 12, -1)
         expected = torch.einsum("nfd,nd->nf", frames, texts).mean(1)
         assert torch.allclose(rewards.hps(given, PROMPTS), expected, atol=1e-5)
-
-
-@torch.no_grad()
-def test_aesthetic_is_laions_head_on_unit_features(tiny_clip, tmp_path):
-    save_file(tiny_clip.state_dict(), tmp_path / "vit_large_patch14_clip_224.openai.safetensors")
-    drop, linear, clips = nn.Dropout(), nn.Linear, make_clips(PROMPTS, seeded(0))
-    head = nn.Sequential(linear(768, 1024), drop, linear(1024, 128), drop, linear(128, 64), drop,
-                         linear(64, 16), linear(16, 1)).eval()
+    save_file(model.state_dict(), tmp_path / "vit_large_patch14_clip_224.openai.safetensors")
     with pytest.raises(UserError, match="improved-aesthetic-predictor"):
         rewards.aesthetic(clips, PROMPTS)
+    drop, linear = nn.Dropout(), nn.Linear
+    head = nn.Sequential(linear(768, 1024), drop, linear(1024, 128), drop, linear(128, 64), drop,
+                         linear(64, 16), linear(16, 1)).eval()
     weights = {f"layers.{name}": x for name, x in head.state_dict().items()}
     torch.save(weights, tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
-    expected = head(unit_features(tiny_clip, clips)).view(3, 12).mean(1)
+    expected = head(unit_features(model, clips)).view(3, 12).mean(1)
     assert torch.allclose(rewards.aesthetic(clips, PROMPTS), expected, atol=1e-5)

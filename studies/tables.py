@@ -133,11 +133,10 @@ def base_by_pivot(measures: dict[str, str]) -> str:
 
 def pivots() -> str:
     """The base's groups of branches."""
-    names = {"groups with right and wrong colour or shape": "groups with right and wrong clips"}
-    names |= {f"deviation of {r}": f"deviation of {r.upper()}" for r in ("ta", "vq")}
-    names |= {f"{r} and {x}": f"{r.upper()} and {x}" for r in ("ta", "vq", "mq")
-              for x in ("light", "area")}
-    return base_by_pivot(names | {"area and light": "area and light"})
+    return base_by_pivot({
+        "groups with right and wrong colour or shape": "groups with right and wrong clips",
+        "deviation of ta": "deviation of TA", "vq and light": "VQ and light",
+        "vq and area": "VQ and area", "area and light": "area and light"})
 
 
 def auc() -> str:
@@ -185,26 +184,6 @@ TEXT_ALONE |= {"on-policy": ("TA alone", "on-policy"),
 def text_alone() -> str:
     """C4, C5."""
     return trained(TEXT_ALONE, ("ta", "judge", "area"))
-
-
-def at_equal_ta() -> str:
-    """C4: the first point of each curve at which TA has gained 0.02."""
-    columns = "judge", "all_right", "area"
-    table = [["", "seeds", "iteration", *(f"Δ {TITLES.get(c, c)}" for c in columns)]]
-    for label, (run, training) in TEXT_ALONE.items():
-        seeds, found = {}, []
-        for row in rows_of("curves.csv", run=run, training=training):
-            seeds.setdefault(row["seed"], []).append(row)
-        for rows in seeds.values():
-            start = float(rows[0]["ta"])
-            found += [(rows[0], row) for row in rows if float(row["ta"]) >= start + 0.02][:1]
-        cells = [""] * (1 + len(columns))
-        if found:
-            cells = [spread([float(row["step"]) for _, row in found], 0)]
-            cells += [spread([float(row[c]) - float(first[c]) for first, row in found],
-                             DIGITS[c], "+") for c in columns]
-        table.append([label, f"{len(found)} of {len(seeds)}", *cells])
-    return markdown(table)
 
 
 def others() -> str:
@@ -262,8 +241,8 @@ def durations() -> str:
 
 
 TABLES = {f.__name__: f for f in (
-    readme, headline, recipe, bases, pivots, auc, entropy, baseline, text_alone, at_equal_ta,
-    others, cost, settings, durations)}
+    readme, headline, recipe, bases, pivots, auc, entropy, baseline, text_alone, others,
+    cost, settings, durations)}
 
 
 def filled(text: str) -> str:
