@@ -347,7 +347,8 @@ def load_function(name: str) -> Callable:
     try:
         return getattr(importlib.import_module(module), function)
     except Exception as error:
-        raise UserError(f"--reward {name}: cannot import it ({error!r})") from error
+        hint = "; rename your file, as reward.py is this project's" if module == "reward" else ""
+        raise UserError(f"--reward {name}: cannot import it ({error!r}){hint}") from error
 
 
 def load_rewards(texts: list[str], device: str, clip: str = "") -> list["WeightedReward"]:

@@ -1295,6 +1295,18 @@ def test_a_buffered_method_runs_alone_also_with_a_flow_model(tmp_path, quick):
     assert [row["model"] for row in read(out / "judged.csv")] == ["base", "off-policy"]
 
 
+@pytest.mark.parametrize("change", [2, -2])
+def test_the_report_says_if_the_choice_is_worse_than_the_base(change, tmp_path, quick, capsys):
+    zeros = {name: torch.zeros(24, 1) for name in ("reward", "judge", "all_right", "area")}
+    moved = change + torch.randn(24, 1, generator=seeded(0))
+    scores = {"base": zeros, "semi": zeros | {"reward": moved, "judge": moved}}
+    clips = {name: torch.zeros(24, 12, 3, 32, 32) for name in scores}
+    arcopo.write_report(tmp_path, tiny_settings(judge_samples=1), clips, scores, 1.0, "semi")
+    report = capsys.readouterr().out
+    assert ("does not improve both" in report) == (change < 0)
+    assert max(map(len, report.splitlines())) <= 100 and "Δ judge" in report
+
+
 def test_a_run_that_is_not_finite_says_so(tmp_path, base, quick, monkeypatch, capsys):
     plain = WeightedReward.__call__
     monkeypatch.setattr(WeightedReward, "__call__", lambda *a: {
@@ -1325,6 +1337,7 @@ def test_too_little_memory_and_ctrl_c_are_one_line(error, code, says, tmp_path, 
     ("--method grpo", "on-policy"), ("--device tpu9", "tpu9"), ("--samples 2", "no effect here"),
     ("--method off-policy --clip-range 0.1", "no effect here"),
     ("--reward ta=1,zz=2", "ta, vq, mq"), ("--reward no_such_module:f=1", "ModuleNotFoundError"),
+       ("--reward reward:f=1", "rename your file"),
     ("--clip missing --reward ta=1", "open_clip"), ("--base missing", "--base"),
     ("--base truncated", "--base"), ("--base misshapen", "--base"),
     ("--out truncated/run", "truncated"), ("--sample purple", "COLOUR one of red"),

@@ -68,18 +68,18 @@ def along(run: str, training: str, column: str) -> dict[float, list[float]]:
 
 def curves():
     """The recipe's trainings."""
-    figure, plots = plt.subplots(1, 4, figsize=(16, 4))
+    figure, plots = plt.subplots(1, 4, figsize=(16, 4.4), layout="constrained")
     for axes, column in zip(plots, COLUMNS):
         for training in ("on-policy", "semi"):
             band(axes, along("recipe", training, column), training)
         axes.set(title=f"Δ {TITLES[column]}", xlabel="iteration")
-    plots[0].legend()
+    figure.legend(*plots[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
 def tradeoff():
     """C6: merged models and the scaled on-policy adapter, by s, of both recipes."""
-    figure, plots = plt.subplots(2, 4, figsize=(16, 7.4))
+    figure, plots = plt.subplots(2, 4, figsize=(16, 7.8), layout="constrained")
     for row, (run, label) in zip(plots, (("recipe", "on-policy on TA and MQ"),
                                          ("recipe, on-policy without TA",
                                           "on-policy on VQ and MQ"))):
@@ -98,13 +98,13 @@ def tradeoff():
                          label="s by the rule of Sec. 4.4")
             axes.set(title=f"Δ {TITLES[column]}", xlabel="strength s")
         row[0].set_ylabel(label)
-        row[0].legend()
+    figure.legend(*plots[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
 def ta():
     """C4 and C5: trainings on TA alone. Collapse leaves the plots."""
-    figure, plots = plt.subplots(1, 4, figsize=(16, 4))
+    figure, plots = plt.subplots(1, 4, figsize=(16, 4.4), layout="constrained")
     lines = {"on-policy": ("TA alone", "on-policy"),
              "on-policy, 4 times the rate": ("TA alone, 4 times the rate", "on-policy"),
              "semi": ("semi", "semi"),
@@ -120,7 +120,7 @@ def ta():
                       marker="o", markersize=4, color=COLOURS[label])
     plots[3].set(title="along training", xlabel="Δ TA", ylabel="Δ judge", xlim=limits["ta"],
                  ylim=limits["judge"])
-    plots[2].legend(loc="lower left")
+    figure.legend(*plots[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 
 
@@ -144,7 +144,7 @@ def fork_picture():
     scores = reward(clips, [prompt] * len(clips))["reward"]
     advantages = group_advantages(scores, floor=settings.floor)
     order = scores.argsort(descending=True)
-    figure, plots = plt.subplots(2, len(clips), figsize=(16, 3.6))
+    figure, plots = plt.subplots(2, len(clips), figsize=(16, 3.6), layout="constrained")
     for column, i in enumerate(order):
         for axes, frame, name in ((plots[0, column], 2, "pivot\nchunk"), (plots[1, column], 11,
                                                                          "end of\nthe clip")):
@@ -153,10 +153,10 @@ def fork_picture():
             axes.set_yticks([])
             if column == 0:
                 axes.set_ylabel(name)
-        plots[0, column].set_title(f"r {scores[i]:+.2f}\nA {advantages[i]:+.2f}",
-                                   color="tab:green" if advantages[i] > 0 else "tab:red")
+        plots[0, column].set_title(f"r {scores[i]:+.2f}\nA {advantages[i]:+.2f}")
+        plots[1, column].text(1, 5, "✓" if right[i] else "✗", color="white", fontsize=12)
     figure.suptitle(f"“{prompt}”: one initial noise, {len(clips)} neighbours; all other noise is "
-                    "shared. Sorted by reward r; A is the advantage")
+                    "shared. Sorted by reward r; A: advantage; tick: all right")
     return figure
 
 
@@ -194,7 +194,6 @@ PLOTS = {"curves.png": curves, "tradeoff.png": tradeoff, "ta.png": ta}
 
 
 def save(figure, file: Path) -> None:
-    figure.tight_layout()
     figure.savefig(file, dpi=80, metadata={"Software": None})
     plt.close(figure)
     print(f"wrote {file}")
