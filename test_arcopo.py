@@ -1331,13 +1331,20 @@ def test_too_little_memory_and_ctrl_c_are_one_line(error, code, says, tmp_path, 
     assert line.endswith(f"; continue with --resume {out}")
 
 
+def test_a_stdout_that_was_closed_is_no_error(monkeypatch, capsys):
+    """As by `| head`: the report is printed last."""
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    assert arcopo.exit_code(BrokenPipeError(), "runs/some") == 0
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("line, says", [
     ("--bogus 3", "--bogus"), ("--lr x", "--lr"), ("--lr nan", "--lr nan"),
     ("--group 1", "--anchors 2"), ("--prompts 97", "--prompts 97"), ("--seed -1", "--seed -1"),
     ("--method grpo", "on-policy"), ("--device tpu9", "tpu9"), ("--samples 2", "no effect here"),
     ("--method off-policy --clip-range 0.1", "no effect here"),
     ("--reward ta=1,zz=2", "ta, vq, mq"), ("--reward no_such_module:f=1", "ModuleNotFoundError"),
-       ("--reward reward:f=1", "rename your file"),
+    ("--reward reward:f=1", "rename your file"),
     ("--clip missing --reward ta=1", "open_clip"), ("--base missing", "--base"),
     ("--base truncated", "--base"), ("--base misshapen", "--base"),
     ("--out truncated/run", "truncated"), ("--sample purple", "COLOUR one of red"),
