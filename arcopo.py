@@ -11,7 +11,7 @@ arXiv 2603.17461 ("the paper"), built on He et al., Neighbor GRPO, arXiv 2511.16
 is a miniature of the one in Self-Forcing, arXiv 2506.08009; CLIP scores stand in for VideoAlign, a
 procedural judge for VBench (reward.py). The word "Departure" marks each place where this file
 differs from the paper; --help shows the paper's value of a setting. The method comes first, in the
-paper's order, then the script that runs it, from "training loop" on.
+paper's order, then the script that runs it, from "the script: its settings" on.
 
 Symbol          in the paper      here
 L, p            Sec. 3.2          model.chunks; pivot, counted from 0 (from 1 in all output)
@@ -444,7 +444,8 @@ def surrogate_log_policy(candidates: Tensor, anchor: Tensor, tau: float) -> Tens
 
     candidates [..., G, D] are constants, anchor [..., D] carries the gradient; leading axes
     broadcast -> [..., G], in float32 at least. Departure: d is the mean over the D elements, not
-    the sum, so that one τ serves chunks of any size (the paper, which gives no value, has τ D).
+    the sum, so that one τ serves chunks of any size. The paper's τ, whose value it does not give,
+    is τ D.
     """
     dtype = torch.promote_types(anchor.dtype, torch.float32)
     d = (candidates.to(dtype) - anchor.to(dtype).unsqueeze(-2)).square().mean(-1)

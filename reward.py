@@ -98,9 +98,10 @@ def make_clips(prompts: list[str], generator: torch.Generator, quality: str | No
                radii: tuple[float, float] = (4.0, 5.5)) -> Tensor:
     """Draw a clip of the world for each prompt: [N, FRAMES, 3, SIZE, SIZE] in [0, 1].
 
-    Size, speed and start are random. Clips are of mixed quality chunk by chunk, like scraped video:
-    each chunk has its own speed and drift, and is sharp, blurry, noisy, dim or flickering. With
-    `quality` given, the whole clip has that quality and moves steadily: "sharp" is the ideal.
+    Size (radii: its range, px), speed and start are random. Clips are of mixed quality chunk by
+    chunk, like scraped video: each chunk has its own speed and drift, and is sharp, blurry, noisy,
+    dim or flickering. With `quality` given, the whole clip has that quality and moves steadily:
+    "sharp" is the ideal.
     """
     triple, n = attributes(prompts), len(prompts)
     uniform = lambda low, high, *size: low + (high - low) * torch.rand(*size, generator=generator)

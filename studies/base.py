@@ -11,7 +11,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -38,11 +37,6 @@ def brightness(clips: Tensor) -> Tensor:
     """Mean over frames of the 24 brightest pixels: [N, F, 3, H, W] -> [N]."""
     signal = (clips.cpu() - BACKGROUND[:, None, None]).amax(2).flatten(2)
     return signal.topk(24).values.mean((1, 2))
-
-
-def random_reward(clips: Tensor, prompts: list[str]) -> Tensor:
-    """For --reward studies.base:random_reward=1: noise, the same for the same clips."""
-    return torch.randn(len(clips), generator=seeded(0, "reward", clips.sum().item()))
 
 
 def errors(model, reward, settings: Settings) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """What the README's commands take: python -m studies.durations
 
-Runs the recipe and the smoke test once and writes durations.csv: minutes, and the peak memory of
-the process (on a GPU, of the device). Run it with nothing else running.
+Runs the recipe and the smoke test once and writes durations.csv: minutes, and the peak of the main
+memory. Run it with nothing else running.
 """
 
 import re
