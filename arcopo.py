@@ -1,7 +1,7 @@
 """AR-CoPO: align a streaming, few-step, autoregressive video generator with rewards.
 
     python arcopo.py --steps 100                        the recipe: train two adapters, merge, judge
-    python arcopo.py --method on-policy --steps 100     one adapter; also semi, off-policy
+    python arcopo.py --method on-policy --steps 100     one adapter; also semi
     python arcopo.py --resume runs/NAME                 continue a run; --steps 200: for longer
     python arcopo.py --sample "a red circle moving right" --adapter runs/NAME/merged
     torchrun --nproc-per-node=8 arcopo.py --steps 100   each process draws groups of its own
@@ -11,7 +11,7 @@ arXiv 2603.17461 ("the paper"), built on He et al., Neighbor GRPO, arXiv 2511.16
 is a miniature of the one in Self-Forcing, arXiv 2506.08009; CLIP scores stand in for VideoAlign, a
 procedural judge for VBench (reward.py). The word "Departure" marks each place where this file
 differs from the paper; --help shows the paper's value of a setting. The method comes first, in the
-paper's order, then the script that runs it, from "the script: its settings" on.
+paper's order, then the script that runs it.
 
 Symbol          in the paper      here
 L, p            Sec. 3.2          model.chunks; pivot, counted from 0 (from 1 in all output)
@@ -44,7 +44,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -59,7 +59,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -88,26 +88,19 @@ class Method:
     anchors: int = option(4, "anchors B of the G candidates (symmetric sampling)", "4")
     updates: int = option(2, "policy updates per iteration", "2")
     prompts: int = option(4, "prompts P per iteration", "1 on each of 24 GPUs")
-    clip_range: float = option(1e-4, "ε of the ratio clip (Eq. 3); inf: none", "1e-4")
-    tau: float = option(0.03, "temperature τ₀ (Eq. 5) of squared distances averaged over a chunk's "
-                        "D elements; the paper's, of their sum, is D times this")
-    quasi_norm: float = option(0.0, "p of the quasi-norm of the advantages; 0: standard deviation",
-                               "0.8 in Neighbor GRPO")
+    clip_range: float = option(1e-4, "ε of the ratio clip (Eq. 3); inf: no clip", "1e-4")
+    tau: float = option(0.03, "temperature τ₀ (Eq. 5) of distances that are means; the paper sums")
+    quasi_norm: float = option(0.0, "p of the advantages' quasi-norm; 0: standard deviation", "0")
     floor: float = option(0.02, "lower bound of σ_r (Eq. 3), in the reward's unit")
-    micro: int = option(0, "maximum rows in a batch of the generator, but at least one for each "
-                        "prompt; 0: no limit, or 48 in judging")
+    micro: int = option(0, "most rows in a batch of the generator; 0: no limit, 48 in judging")
 
     def __post_init__(self):
+        largest = {"sigma": 1, "quasi_norm": 2, "anchors": self.group, "clip_range": math.inf}
         for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type in (int, float):
-                allowed = value > 0 or value == f.default       # 0 is the default of some
-                if not allowed or (math.isinf(value) and f.name != "clip_range"):
-                    zero = " or 0" if f.default == 0 else ""
-                    raise ValueError(f"{f.name} {value}: must be a number above 0{zero}")
-        for name, largest in (("sigma", 1), ("quasi_norm", 2), ("anchors", self.group)):
-            if getattr(self, name) > largest:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at most {largest}")
+            value, top = getattr(self, f.name), largest.get(f.name, 1e18)
+            if f.type in (int, float) and not (0 < value <= top or value == f.default == 0):
+                least = "at least" if f.default == 0 else "above"
+                raise ValueError(f"{f.name} {value}: must be {least} 0 and at most {top:g}")
 
 
 # ------------------------------------------------------------------ generator
@@ -118,7 +111,7 @@ TIMESTEPS = (1.0, 0.1, 0.05, 0.02)      # Departure: lower than the base was dis
 
 
 class Context(NamedTuple):
-    """h_{p-1}: all that is fixed before chunk p. Immutable: extend returns a new one."""
+    """h_{p-1}: all that is fixed before chunk p."""
     words: Tensor           # [N, width]                                  the prompt
     kv: Tensor              # [N, layers, 2, heads, tokens, head width]   finished chunks
 
@@ -162,19 +155,18 @@ class Generator(nn.Module):
 
     begin(prompts)           -> Context   the context before the first chunk, N rows
     predict(x_t, t, context) -> x̂₀        F_θ: the clean chunk, like x_t [N, *chunk_shape]
-    extend(context, x0)      -> Context   the context with a finished chunk added
+    extend(context, x0)      -> Context   a new context: with a finished chunk added
     decode(latents)          -> clips     [N, L, *chunk_shape] -> what the reward takes, batch first
     timesteps                             the T sampler times as floats, from 1 down, 0 excluded
     chunk_shape, chunks                   shape of a latent chunk (any number of axes), and L
     flow                                  False: consistency model; True: flow matching, Euler steps
     device                                where its tensors are
 
-    x_t = (1 - t) x₀ + t ε, so t = 1 is pure noise; `timesteps` include a scheduler's shift and are
-    the same for all chunks. t is a float or float32 [N]. x_t is float32; a prediction of any dtype
-    is cast to float32. No guidance: the policy is one call of predict. predict has no side effect,
-    extend changes neither argument, and a row's result does not depend on the other rows. A Context
-    can be any object with repeat(times): row n * times + b is row n again. Nothing writes to a
-    Context, so copies may share memory. An Adapter applies to the nn.Linear layers of the module.
+    x_t = (1 - t) x₀ + t ε, in float32; t is a float or float32 [N]. `timesteps` include a
+    scheduler's shift and serve all chunks. A prediction may have any dtype. There is no guidance:
+    the policy is one call of predict. A row's result does not depend on the other rows. A Context
+    is any object with repeat(times), after which row n * times + b is row n again; nothing writes
+    to it, so copies may share memory. An Adapter applies to the nn.Linear layers of the module.
 
     A flow map, which is told where its step ends, finds that in `timesteps` and returns x_t - t u
     (u: its average velocity), with flow = True. Chunks of unequal length are padded, and predicted
@@ -254,36 +246,7 @@ class Generator(nn.Module):
         return (y + self.smooth(y)).view(x.shape), torch.stack(kv, 1)
 
 
-def load_generator(file: str | Path = "", device: str | torch.device = "cpu",
-                   timesteps: tuple = ()) -> Generator:
-    """A frozen base, sampled at its own timesteps or at others. Raises UserError."""
-    file = Path(file or ASSETS / "base.safetensors")
-    try:
-        with safe_open(str(file), "pt") as f:
-            model = Generator(**json.loads(f.metadata()["arcopo"])["record"]["generator"])
-        model.load_state_dict({name: x.float() for name, x in load_file(file).items()})
-    except Exception as error:      # safetensors has its own kinds
-        raise UserError(f"--base {file}: not weights of studies.pretrain ({error})") from error
-    model.fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    model.timesteps = tuple(timesteps) or model.timesteps
-    return model.to(device).requires_grad_(False)
-
-
 # ------------------------------------------------------------------ sampler
-
-def seeded(seed: int, *stream: str | int) -> torch.Generator:
-    """A random generator for (seed, *stream), on the CPU: the same noise on every device.
-
-    A hash of them fills the whole state of the Mersenne Twister, 624 words, so that two streams
-    practically never overlap: manual_seed would keep 32 bits of the hash.
-    """
-    generator = torch.Generator()
-    state = generator.get_state()
-    words = hashlib.shake_256(repr((seed, *stream)).encode()).digest(4 * 624)
-    words = torch.frombuffer(bytearray(words), dtype=torch.uint32).long().view(torch.uint8)
-    state[24 : 24 + len(words)] = words             # after the seed and two counters
-    return generator.set_state(state)
-
 
 class Noise(NamedTuple):
     """All noise of a rollout, drawn before it starts."""
@@ -322,7 +285,7 @@ def denoise(model: Generator, context: Context, initial: Tensor,
         states.append(x_t)
         x0 = model.predict(x_t, t, context).float()
         candidates.append(candidate(model, x_t, x0, t, t_next))
-        if t_next > 0 and model.flow:
+        if model.flow:
             x_t = candidates[-1]
         elif t_next > 0:
             x_t = (1 - t_next) * x0 + t_next * solver[:, i]
@@ -368,11 +331,9 @@ def neighbor_noise(base: Tensor, sigma: float, group: int,
     base: any shape -> [group, *base.shape]. sigma in [0, 1], else ValueError: 0 repeats the base,
     1 draws independent noise.
     """
-    if not 0 <= sigma <= 1:
-        raise ValueError(f"sigma must be in [0, 1], got {sigma}")
     device = rng.device if rng else base.device
     delta = torch.randn(group, *base.shape, generator=rng, device=device).to(base)
-    return (1 - sigma**2) ** 0.5 * base + sigma * delta
+    return math.sqrt(1 - sigma**2) * base + sigma * delta
 
 
 def branch_noise(noise: Noise, pivot: int, sigma: float, group: int,
@@ -425,8 +386,7 @@ def group_advantages(rewards: Tensor, power: float = 0.0, floor: float = 1e-6) -
     rewards [..., G] -> [..., G] in float32 at least. With power p in (0, 2]: the quasi-norm
     A / (Σ|A|^p)^{1/p} (Neighbor GRPO Eq. 11, p = 0.8); p = 2 is A / √G. Departure: below `floor`,
     σ_r is replaced by it (the quasi-norm's result is scaled by σ_r / floor), so that a nearly flat
-    group counts little. A reward that is not finite is left out of r̄ and σ_r, and its advantage
-    is 0.
+    group counts little. A reward that is not finite is left out, and its advantage is 0.
     """
     dtype = torch.promote_types(rewards.dtype, torch.float32)
     rewards = rewards.to(dtype).where(rewards.isfinite(), math.nan)
@@ -467,7 +427,7 @@ def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip_range: float) 
 
 # ------------------------------------------------------------------ adapter
 
-PEFT = "base_model.model."                          # before the layer's name in peft's files
+PEFT = "base_model.model."                          # before a layer's name in peft's files
 
 
 class Adapter:
@@ -535,12 +495,12 @@ class Adapter:
             yield model
 
     def save(self, folder: str | Path, model: nn.Module) -> None:
-        """In peft's format; the header has the base and the sampler times (trained_on)."""
+        """In peft's format; the header has what the adapter was trained on."""
         file = Path(folder) / "adapter_model.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"{PEFT}{name}.lora_{letter}.weight": z.detach().cpu().contiguous()
                    for name, pair in self.weights.items() for letter, z in zip("AB", pair)}
-        save_file(tensors, file, {"arcopo": json.dumps(trained_on(model))})
+        save_file(tensors, file, {"arcopo": json.dumps(trained_on(model) | {"alpha": self.alpha})})
         config = {"peft_type": "LORA", "r": self.rank, "lora_alpha": self.alpha, "bias": "none",
                   "target_modules": "|".join(map(re.escape, self.weights)), "lora_dropout": 0.0}
         file.with_name("adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
@@ -549,35 +509,35 @@ class Adapter:
     def load(cls, folder: str | Path, model: nn.Module) -> "Adapter":
         """The adapter in the folder, trainable. Raises UserError if there is none, if it is broken,
         or if it was trained with another base or other sampler times."""
-        file = Path(folder) / "adapter_model.safetensors"
-        if not file.exists():
-            others = [str(path.parent) for path in Path(folder).glob(f"*/{file.name}")]
-            raise UserError(f"--adapter {folder}: there is no {file.name}"
-                            + (f", but in {', '.join(others)}" if others else ""))
+        file, weights = Path(folder) / "adapter_model.safetensors", {}
         try:
-            with safe_open(str(file), "pt") as f:
-                record = json.loads(f.metadata()["arcopo"])
-            config = json.loads(file.with_name("adapter_config.json").read_text())
-            tensors, weights = load_file(file), {}
-            for key in tensors:
-                name, _, letter = key.removeprefix(PEFT).partition(".lora_")
-                if letter == "A.weight":
-                    pair = tensors[key], tensors[key.replace(".lora_A.", ".lora_B.")]
-                    device = model.get_submodule(name).weight.device
-                    weights[name] = tuple(z.to(device).requires_grad_() for z in pair)
+            tensors, record = read_weights(file)
+            for key in [key for key in tensors if ".lora_A." in key]:
+                name = key.removeprefix(PEFT).removesuffix(".lora_A.weight")
+                device = model.get_submodule(name).weight.device
+                pair = tensors[key], tensors[key.replace(".lora_A.", ".lora_B.")]
+                weights[name] = tuple(z.to(device).requires_grad_() for z in pair)
+            adapter = cls(weights, record["alpha"])
         except Exception as error:      # safetensors has exceptions of its own
+            others = [str(path.parent) for path in Path(folder).glob(f"*/{file.name}")]
             raise UserError(f"--adapter {folder}: not an adapter of this model ({error!r})"
-                            ) from error
+                            + f"; there are {', '.join(others)}" * bool(others)) from error
         for name, value in trained_on(model).items():
-            if record.get(name) != value:
+            if record[name] != value:
                 raise UserError(f"--adapter {folder}: was trained with another {name} "
-                                f"({record.get(name)}, not {value}); see --{name}")
-        return cls(weights, config["lora_alpha"])
+                                f"({record[name]}, not {value}); see --{name}")
+        return adapter
 
 
 def trained_on(model: nn.Module) -> dict:
     """What an adapter depends on."""
     return {"base": getattr(model, "fingerprint", ""), "timesteps": list(model.timesteps)}
+
+
+def read_weights(file: Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a safetensors file, and the record in its header."""
+    with safe_open(str(file), "pt") as f:
+        return {name: f.get_tensor(name) for name in f.keys()}, json.loads(f.metadata()["arcopo"])
 
 
 # ------------------------------------------------------------------ replay and update
@@ -601,10 +561,6 @@ def draw_pairs(T: int, group: int, anchors: int, rng: torch.Generator) -> Tensor
     pairs."""
     drawn = torch.randperm(group, generator=rng)[:anchors]
     return torch.cartesian_prod(torch.arange(T), drawn)
-
-
-RANK = int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0    # only rank 0 writes
-progress = partial(tqdm, disable=RANK > 0)
 
 
 def average_(x: Tensor) -> Tensor:
@@ -666,8 +622,7 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
             names = [name for name, (A, B) in layers.items() if B.grad is None]
             warnings.warn(f"no gradient reaches the adapter of layers {names}: are they used "
                           "without a call? Leave them out of its targets", stacklevel=2)
-        gradients = [average_(p.grad) for p in reached]
-        norms.append(nn.utils.get_total_norm(gradients))
+        norms.append(nn.utils.get_total_norm([average_(p.grad) for p in reached]))
         ratios.append(torch.cat(log_ratios, 1).exp())
         if torch.isfinite(norms[-1]):
             optimizer.step()
@@ -717,15 +672,13 @@ def explore(model: Generator, method: Method, prompts: list[str], reward: Callab
     return branches, rewarded(branches, clips, reward)
 
 
-# The groups of semi-on-policy training (Sec. 3.3), made once by the reference policy and never
-# changed: {"prompt": str, "scores": {"reward", ...: [G]} and, in half precision, "prefix": [pivot,
-# *chunk_shape], "states", "candidates": [T, G, *chunk_shape]}. draw_from recomputes the context.
-Buffer = list[dict]
-
-
 def collect_buffer(model: Generator, method: Method, prompts: list[str], reward: Callable,
-                   size: int, seed: int) -> Buffer:
-    """`size` groups of the reference policy (no adapter may be on), in CPU memory."""
+                   size: int, seed: int) -> list[dict]:
+    """The buffer (Sec. 3.3): `size` groups of the reference policy, so no adapter may be on.
+
+    A group is {"prompt": str, "scores": {"reward", ...: [G]} and, in half precision, "prefix"
+    [pivot, *chunk_shape], "states", "candidates" [T, G, *chunk_shape]}, in CPU memory.
+    """
     buffer = []
     for first in progress(range(0, size, method.prompts), "buffer", unit="batch"):
         branches, scores = explore(model, method, prompts, reward, seeded(seed, "buffer", first))
@@ -738,7 +691,7 @@ def collect_buffer(model: Generator, method: Method, prompts: list[str], reward:
 
 
 @torch.no_grad()
-def draw_from(buffer: Buffer, model: Generator, P: int,
+def draw_from(buffer: list[dict], model: Generator, P: int,
               rng: torch.Generator) -> tuple[Fork, dict[str, Tensor]]:
     """Up to P random groups, as explore returns them; no adapter may be on.
 
@@ -750,15 +703,14 @@ def draw_from(buffer: Buffer, model: Generator, P: int,
     groups = [group for group in shuffled if len(group["prefix"]) == pivot][:P]
     stack = lambda tensors: torch.stack(tensors).to(model.device).float()
     prompts = [group["prompt"] for group in groups]
-    prefix = stack([group["prefix"] for group in groups])
+    prefix, states, candidates = (stack([group[name] for group in groups])
+                                  for name in ("prefix", "states", "candidates"))
     context = model.begin(prompts)
     for x0 in prefix.unbind(1):
         context = model.extend(context, x0)
-    branches = Fork(prompts, prefix, context, stack([group["states"] for group in groups]),
-                    stack([group["candidates"] for group in groups]))
     scores = {name: stack([group["scores"][name] for group in groups])
               for name in groups[0]["scores"]}
-    return branches, scores
+    return Fork(prompts, prefix, context, states, candidates), scores
 
 
 # ------------------------------------------------------------------ one iteration
@@ -798,7 +750,7 @@ def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer
 
 
 def iterate_buffered(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
-                     method: Method, buffer: Buffer, rng: torch.Generator) -> dict:
+                     method: Method, buffer: list[dict], rng: torch.Generator) -> dict:
     """One iteration of semi-on-policy training (Sec. 3.3): method.updates times, draw groups from
     the buffer and update once -> metrics as those of iterate, means over draws, but sums of skipped
     and not_finite. With clip_range = inf it is the paper's off-policy baseline."""
@@ -843,39 +795,35 @@ def choose_strength(scores: dict[float, tuple[float, float]],
 
 # ------------------------------------------------------------------ the script: its settings
 
-METHODS = ("on-policy", "semi", "off-policy")
-
-
 @dataclass
 class Settings(Method):
-    """Settings of the script: those of the method, and these."""
+    """Settings of the script: those of the method, and these. Raises ValueError, as Method."""
     steps: int = option(100, "iterations", "100")
     lr: float = option(1e-4, "learning rate of AdamW, on-policy", "1e-5")
     rank: int = option(16, "rank r of the LoRA adapter", "64")
     alpha: float = option(32.0, "α of the LoRA adapter, scaled by α/r", "128")
     buffer_groups: int = option(100, "rollout groups in the buffer", "100")
     buffer_lr: float = option(2e-5, "learning rate of AdamW with the buffer", "1e-5")
-    buffer_tau: float = option(20.0, "temperature τ with the buffer, where the clip is the trust "
-                               "region around the reference, as wide as ε τ", "as --tau")
+    buffer_tau: float = option(20.0, "τ with the buffer; the trust region is as wide as ε τ")
     buffer_reward: str = option("ta=1", "rewards of the buffer, as --reward", "TA")
     sweep: tuple = option((0.4, 0.6, 0.8, 1.0), "strengths s of the on-policy adapter", "0.4 to 1")
-    method: str = option("", "train one adapter instead of the whole recipe", choices=METHODS)
+    method: str = option("", "train one adapter alone; semi with --clip-range inf is the paper's "
+                         "off-policy baseline", choices=("on-policy", "semi"))
     sample: str = option("", "write clips of this prompt to --out (a .gif) instead")
     samples: int = option(1, "with --sample: how many clips, side by side")
     adapter: str = option("", "with --sample: the folder of the adapter to apply")
     out: str = option("", "run folder [runs/DATE-TIME]; with --sample the GIF [clip.gif]")
-    resume: str = option("", "continue the run in this folder, with its settings; --steps, "
-                         "--micro, --device, --sweep and --judge-samples can be given anew")
+    resume: str = option("", "continue the run in this folder; --steps, --micro, --device, --sweep "
+                         "and --judge-samples can be given anew")
     base: str = option("", "weights of the base generator [assets/base.safetensors]")
     timesteps: tuple = option((), "sampler times, falling from 1, as 1,0.5,0.25,0.1 [the base's]")
     seed: int = option(0, "seed of training, sampling and judging")
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto is cuda if there is one")
     reward: str = option("ta=3,mq=1", "weights of ta, vq, mq (text alignment, visual, motion "
                          "quality) and of module:function, your own", "VideoAlign's, 1 each")
-    clip: str = option("", "open_clip model of ta, vq, mq: a folder, ARCH:FILE or ARCH:TAG, as "
-                       "ViT-B-32:laion2b_s34b_b79k [assets/clip]")
-    judge_prompts: str = option("held-out", "training: 24 of the training prompts, to choose "
-                                "settings on", choices=tuple(JUDGE_PROMPTS))
+    clip: str = option("", "open_clip model of ta, vq, mq: a folder, ARCH:FILE or ARCH:TAG")
+    judge_prompts: str = option("held-out", "training: 24 training prompts, to choose settings on",
+                                choices=tuple(JUDGE_PROMPTS))
     judge_samples: int = option(8, "clips per prompt in the final table")
     judge_every: int = option(20, "iterations between points of the curve")
 
@@ -891,6 +839,21 @@ class Settings(Method):
 
 
 # ------------------------------------------------------------------ training loop
+
+RANK = int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0    # only rank 0 writes
+progress = partial(tqdm, disable=RANK > 0)
+
+
+def seeded(seed: int, *stream: str | int) -> torch.Generator:
+    """A random generator for (seed, *stream), on the CPU: the same noise on every device. A hash
+    fills its whole state, 624 words, as manual_seed would keep 32 bits of it."""
+    generator = torch.Generator()
+    state = generator.get_state()
+    words = hashlib.shake_256(repr((seed, *stream)).encode()).digest(4 * 624)
+    words = torch.frombuffer(bytearray(words), dtype=torch.uint32).long().view(torch.uint8)
+    state[24 : 24 + len(words)] = words             # after the seed and two counters
+    return generator.set_state(state)
+
 
 def save_whole(content, file: Path) -> None:
     """torch.save, all or nothing: whatever ends the process leaves the old file or the new one."""
@@ -908,19 +871,18 @@ def write_csv(file: Path, rows: list[dict], mode: str = "w") -> None:
             if rows and f.tell() == 0:
                 writer.writeheader()
             for row in rows:                            # what is undefined (NaN) stays empty
-                undefined = [name for name, x in row.items() if str(x) == "nan"]
-                writer.writerow(row | dict.fromkeys(undefined, ""))
+                writer.writerow({name: "" if x != x else x for name, x in row.items()})
 
 
 def train(name: str, model: Generator, settings: Settings, lr: float, iteration: Callable,
-          point: Callable, folder: Path) -> tuple[Adapter, list[dict]]:
+          judge: Callable, folder: Path) -> tuple[Adapter, list[dict]]:
     """Train an adapter -> the adapter, also saved to NAME/, and the rows of NAME.csv.
 
-    iteration(adapter, optimizer, rng) -> a row of NAME.csv; point() -> scores, a row of
-    NAME-curve.csv. Every iteration ends with a checkpoint, from which the training continues if
-    there is one, so a run that is killed at any time and resumed ends as one that was not.
+    iteration(model, adapter, optimizer, rng=rng) -> a row of NAME.csv; judge(adapter) -> scores, a
+    row of NAME-curve.csv. Every iteration ends with a checkpoint, from which the training continues
+    if there is one, so a run that is killed at any time and resumed ends as one that was not.
     """
-    kind = "buffered" if name in ("semi", "off-policy") else "explored"     # of random numbers
+    kind = "buffered" if name == "semi" else "explored"     # of random numbers
     seed, own = settings.seed, (RANK,) if RANK else ()      # each process draws its own groups
     adapter = Adapter.new(model, settings.rank, settings.alpha, seeded(seed, kind, "adapter"))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr, weight_decay=0)
@@ -928,23 +890,24 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
     judged = lambda step: step % settings.judge_every == 0 or step == settings.steps
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if len(saved["rows"]) > settings.steps:
+            raise UserError(f"--steps {settings.steps}: {len(saved['rows'])} are done already")
         for p, q in zip(adapter.parameters(), saved["parameters"]):
             p.data.copy_(q)
         optimizer.load_state_dict(saved["optimizer"])
-        rows, curve, first = saved["rows"], saved["curve"], len(saved["rows"]) + 1
-        curve = [row for row in curve if judged(row["step"])]       # not the end before --steps N
+        rows, first = saved["rows"], len(saved["rows"]) + 1
+        curve = [row for row in saved["curve"] if judged(row["step"])]  # not a former end
     write_csv(folder / f"{name}.csv", rows)
     write_csv(folder / f"{name}-curve.csv", curve)
     with progress(total=settings.steps, initial=len(rows), desc=name, unit="it") as bar:
         for step in range(first, settings.steps + 1):               # step 0 only judges
             if step > 0:
-                rows.append({"step": step} | iteration(adapter, optimizer,
-                                                       seeded(seed, kind, step, *own)))
+                rng = seeded(seed, kind, step, *own)
+                rows.append({"step": step} | iteration(model, adapter, optimizer, rng=rng))
                 write_csv(folder / f"{name}.csv", rows[-1:], "a")
                 bar.update()
             if judged(step):
-                with torch.no_grad(), adapter.on(model):
-                    means = {column: x.mean().item() for column, x in point().items()}
+                means = {column: x.mean().item() for column, x in judge(adapter).items()}
                 curve.append({"step": step} | means)
                 write_csv(folder / f"{name}-curve.csv", curve[-1:], "a")
                 if RANK == 0:
@@ -958,7 +921,6 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
 
 # ------------------------------------------------------------------ evaluation and report
 
-@torch.no_grad()
 def sample_batches(model: Generator, prompts: list[str], rng: torch.Generator,
                    size: int) -> Tensor:
     """sample in batches (size 0: 48 prompts); the noise depends on rng, not on the weights."""
@@ -966,24 +928,19 @@ def sample_batches(model: Generator, prompts: list[str], rng: torch.Generator,
     return torch.cat([sample(model, part, draw_noise(model, len(part), rng)) for part in parts])
 
 
-def judge_model(model: Generator, reward: Callable, settings: Settings, samples: int,
-                stream: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """`samples` clips of each prompt of the judging, on the same noise for any adapter, and their
-    scores (reward.evaluate)."""
-    prompts = [p for p in JUDGE_PROMPTS[settings.judge_prompts] for _ in range(samples)]
-    clips = sample_batches(model, prompts, seeded(settings.seed, stream), settings.micro)
-    return clips, evaluate(clips, prompts, reward)
-
-
 @torch.no_grad()
-def judge_all(model: Generator, reward: Callable, settings: Settings,
-              models: dict[str, Adapter | None]) -> tuple[dict, dict]:
-    """judge_model of each model by name (None: the base) -> clips and scores, by name."""
+def judge_models(models: Iterable, model: Generator, reward: Callable, settings: Settings,
+                 samples: int, stream: str) -> tuple[dict, dict]:
+    """`samples` clips of each prompt of the judging, on the same noise for each of the models, and
+    their scores (reward.evaluate). models: pairs of a name and an adapter (None: the base) -> clips
+    and scores, by name."""
+    prompts = [p for p in JUDGE_PROMPTS[settings.judge_prompts] for _ in range(samples)]
     clips, scores = {}, {}
-    for name, adapter in progress(models.items(), desc="judging", unit="model"):
+    for name, adapter in models:
+        rng = seeded(settings.seed, stream)
         with adapter.on(model) if adapter else nullcontext():
-            clips[name], scores[name] = judge_model(model, reward, settings,
-                                                    settings.judge_samples, "judging")
+            clips[name] = sample_batches(model, prompts, rng, settings.micro)
+        scores[name] = evaluate(clips[name], prompts, reward)
     return clips, scores
 
 
@@ -999,7 +956,7 @@ def save_gif(blocks: list[Tensor], file: str | Path, scale: int = 4) -> None:
 
 
 def judged_rows(scores: dict[str, dict[str, Tensor]]) -> list[dict]:
-    """A row for each model from what judge_all returns: means; changes from the base ± standard
+    """A row for each model from the scores of judge_models: means; changes from the base ± standard
     error over prompts; mended: share of the base's wrong clips that are all right with this model;
     spoiled: share of the base's right clips that are not."""
     rows, base = [], scores["base"]
@@ -1016,33 +973,30 @@ def judged_rows(scores: dict[str, dict[str, Tensor]]) -> list[dict]:
     return rows
 
 
-def write_report(folder: Path, settings: Settings, clips: dict[str, Tensor],
-                 scores: dict[str, dict[str, Tensor]], seconds: float, chosen: str = "") -> None:
-    """Write judged.csv, models.gif and report.md, which is also printed, from what judge_all
-    returns. chosen: the model in merged/."""
-    rows = judged_rows(scores)
-    report = ("| model       | Δ reward        | Δ judge         | all right | mended | spoiled "
-              "| area |\n| ----------- | --------------- | --------------- | --------- | ------ "
-              "| ------- | ---- |\n")
+def write_report(folder: Path, settings: Settings, clips: dict[str, Tensor], rows: list[dict],
+                 seconds: float, chosen: str = "") -> None:
+    """Write judged.csv, models.gif and report.md, which is also printed. clips: of judge_models;
+    rows: of judged_rows; chosen: the model in merged/."""
+    report = (f"| {'model':11} | {'Δ reward':15} | {'Δ judge':15} | all right | mended | spoiled "
+              f"| area |\n| {'-' * 11} | {'-' * 15} | {'-' * 15} | --------- | ------ | ------- "
+              "| ---- |\n")
     for row in rows:
         report += (f"| {row['model'] + ' *' * (row['model'] == chosen):11} "
                    f"| {row['Δ reward']:+7.3f} ± {row['± reward']:.3f} "
-                   f"| {row['Δ judge']:+7.3f} ± {row['± judge']:.3f} "
-                   f"| {row['all_right']:9.2f} | {row['mended']:6.0%} | {row['spoiled']:7.0%} "
-                   f"| {row['area']:4.0f} |\n")
-    shown = [name for name in scores if name == chosen or not name.startswith("s = ")]
-    report += (f"\n{settings.judge_samples} clips of each {settings.judge_prompts} prompt, the "
-               "same noise for all models. Δ: change from the\nbase ± standard error over prompts; "
-               "mended: share of the base's wrong clips that are all\nright now; spoiled: of its "
-               "right clips that are wrong now; area of the shape in px².\n"
-               f"judged.csv has all scores; models.gif shows, from left: {', '.join(shown)}.\n"
-               f"{seconds / 60:.1f} minutes on {settings.device}.\n")
+                   f"| {row['Δ judge']:+7.3f} ± {row['± judge']:.3f} | {row['all_right']:9.2f} "
+                   f"| {row['mended']:6.0%} | {row['spoiled']:7.0%} | {row['area']:4.0f} |\n")
     if chosen:
         rule = "no s improves" if chosen == "semi" else "the largest s that improves"
         report += f"* In merged/: {rule} both reward and judge over the base.\n"
         row = next(row for row in rows if row["model"] == chosen)
         if not (row["Δ reward"] > 0 and row["Δ judge"] > 0):
             report += "  It does not improve both: use the base, or train with other settings.\n"
+    shown = [name for name in clips if name == chosen or not name.startswith("s = ")]
+    report += (f"{settings.judge_samples} clips of each {settings.judge_prompts} prompt, the same "
+               "noise for all models. Δ: change from the\nbase ± standard error over prompts; "
+               "mended, spoiled: of the base's wrong, right clips; area in px².\njudged.csv has "
+               f"all scores; models.gif shows, from left: {', '.join(shown)}.\n"
+               f"{seconds / 60:.1f} minutes on {settings.device}.\n")
     write_csv(folder / "judged.csv", rows)
     if RANK == 0:
         (folder / "report.md").write_text(report, encoding="utf-8")
@@ -1051,30 +1005,28 @@ def write_report(folder: Path, settings: Settings, clips: dict[str, Tensor],
         print(f"\n{report}Run folder: {folder}")
 
 
-def check_numbers(rows: list[dict], scores: dict[str, dict[str, Tensor]]) -> int:
-    """Exit code of a run that ended: 1, with lines on stderr, if its numbers are not what they
-    should be. rows: of the trainings; scores: of judge_all."""
-    skipped, left_out = (sum(row[name] for row in rows) for name in ("skipped", "not_finite"))
-    problems = []
-    if skipped or left_out:
-        problems.append(f"not finite: {skipped:g} updates were skipped, {left_out:g} rewards "
-                        "left out")
-    if not all(own["reward"].isfinite().all() for own in scores.values()):
-        problems.append("not finite: the table has NaN or infinity")
+def check_numbers(rows: list[dict], judged: list[dict]) -> int:
+    """Exit code of a run that ended: 1, with a line on stderr, if its numbers are not what they
+    should be. rows: of the trainings; judged: of judged_rows."""
+    problem = ""
+    if any(row["skipped"] or row["not_finite"] for row in rows):
+        problem = "not finite: see the columns skipped and not_finite in the CSVs of the training"
+    if not all(math.isfinite(row["reward"]) for row in judged):
+        problem = "not finite: the table has NaN or infinity"
     if all(row["flat_groups"] == 1 for row in rows):
-        problems.append("nothing was learned: in no group did the rewards differ by --floor")
-    for problem in problems:
+        problem = "nothing was learned: in no group did the rewards differ by --floor"
+    if problem:
         print(f"arcopo: {problem}", file=sys.stderr)
-    return 1 if problems else 0
+    return 1 if problem else 0
 
 
 # ------------------------------------------------------------------ command line
 
 CHANGEABLE = {"resume", "steps", "micro", "device", "sweep", "judge_samples"}   # with --resume
-WITHOUT_EFFECT = {"": "",                                                       # by --method
-                  "on-policy": "buffer_groups buffer_lr buffer_tau buffer_reward sweep",
-                  "semi": "lr tau sweep",
-                  "off-policy": "lr tau clip_range sweep"}
+WITHOUT_EFFECT = {"": "samples adapter",                                        # by --method
+                  "on-policy": "samples adapter buffer_groups buffer_lr buffer_tau buffer_reward "
+                               "sweep",
+                  "semi": "samples adapter lr tau sweep"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1086,24 +1038,21 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
-
-
 def parse(arguments: list | None = None, cls: type = Settings, only: set | None = None,
           description: str = __doc__.split("\n\n")[0]) -> Settings:
     """Command-line arguments, as strings, numbers or paths -> settings, of the class `cls`; with
     --resume the run's, but for what is given anew. only: the settings that a study takes. Raises
     UserError."""
     parser = Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    numbers = lambda text: tuple(float(part) for part in text.split(","))
     for f in fields(cls):
         if only is None or f.name in only:
-            text = f.metadata["text"] + (f" [{f.default}]" if f.default else "")
-            text += f" (paper: {f.metadata['paper']})" if f.metadata["paper"] else ""
+            about = f.metadata
+            text = about["text"] + (f" [{f.default}]" if f.default else "")
+            text += f" (paper: {about['paper']})" if about["paper"] else ""
             parser.add_argument(flag(f.name), type=numbers if f.type is tuple else f.type,
-                                help=text,
-                                metavar=None if f.metadata["choices"] else "X",
-                                choices=f.metadata["choices"] or None)
+                                help=text, choices=about["choices"] or None,
+                                metavar=None if about["choices"] else "X")
     given = vars(parser.parse_args(arguments and [str(a) for a in arguments]))
     for name in given.keys() & {"base", "clip"}:
         if Path(given[name]).exists():                          # for --resume from elsewhere
@@ -1120,8 +1069,7 @@ def parse(arguments: list | None = None, cls: type = Settings, only: set | None 
     except ValueError as error:
         raise UserError(flag(str(error))) from error
     if not (settings.sample or settings.resume):
-        unused = {"samples", "adapter", *WITHOUT_EFFECT[settings.method].split()}
-        for name in given.keys() & unused:
+        for name in given.keys() & set(WITHOUT_EFFECT[settings.method].split()):
             raise UserError(f"{flag(name)} {given[name]}: has no effect here; leave it out")
     return settings
 
@@ -1136,6 +1084,21 @@ def choose_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: cannot be used ({error})") from error
     return name
+
+
+def load_generator(file: str | Path = "", device: str | torch.device = "cpu",
+                   timesteps: tuple = ()) -> Generator:
+    """A frozen base, sampled at its own timesteps or at others. Raises UserError."""
+    file = Path(file or ASSETS / "base.safetensors")
+    try:
+        weights, record = read_weights(file)
+        model = Generator(**record["record"]["generator"])
+        model.load_state_dict({name: x.float() for name, x in weights.items()})
+    except Exception as error:      # safetensors has exceptions of its own
+        raise UserError(f"--base {file}: not weights of studies.pretrain ({error})") from error
+    model.fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    model.timesteps = tuple(timesteps) or model.timesteps
+    return model.to(device).requires_grad_(False)
 
 
 def load(settings: Settings, scales: dict | None = None) -> tuple[Generator, Callable, Callable]:
@@ -1160,8 +1123,7 @@ def read_record(folder: str | Path, cls: type = Settings) -> dict:
     """What settings.json of a run with settings of this class holds. Raises UserError."""
     try:
         record = json.loads((Path(folder) / "settings.json").read_text(encoding="utf-8"))
-        names = {f.name for f in fields(cls)}
-        if record["program"] != cls.__name__ or record["settings"].keys() != names:
+        if record["settings"].keys() != {f.name for f in fields(cls)}:
             raise ValueError("it is of another program, or of another version of this one")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"--resume {folder}: not the folder of a run ({error})") from error
@@ -1178,22 +1140,18 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     processes = dist.get_world_size() if dist.is_initialized() else 1
     folder, git = Path(settings.out), ["git", "-C", str(ASSETS.parent), "rev-parse", "HEAD"]
-    record = {"program": type(settings).__name__, "settings": asdict(settings),
-              "processes": processes, "torch": torch.__version__,
-              "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-              "command": sys.argv, "reward_scales": None}
     if settings.resume:
         record = read_record(folder, type(settings))
         record["settings"] = asdict(settings) | {"resume": ""}
         if record["processes"] != processes:
             raise UserError(f"--resume {folder}: start as many processes as before, "
                             f"{record['processes']}")
-        for file in folder.glob("*.checkpoint.pt"):
-            done = len(torch.load(file, map_location="cpu", weights_only=True)["rows"])
-            if done > settings.steps:
-                raise UserError(f"--steps {settings.steps}: the run has done {done} already")
     elif (folder / "settings.json").exists():
         raise UserError(f"--out {folder}: holds a run; --resume it or name another folder")
+    else:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        record = {"settings": asdict(settings), "processes": processes, "reward_scales": None,
+                  "torch": torch.__version__, "commit": commit, "command": sys.argv}
     model, reward, buffer_reward = load(settings, record["reward_scales"])
     record["reward_scales"] = reward.scales
     if RANK == 0:
@@ -1212,53 +1170,46 @@ def run(settings: Settings) -> int:
     all to the run folder -> exit code, 1 if numbers were not finite."""
     began, adapters, rows = time.perf_counter(), {}, []
     folder, model, reward, buffer_reward = start(settings)
-    point = lambda: judge_model(model, reward, settings, min(2, settings.judge_samples), "curve")[1]
+    judging, few = (model, reward, settings), min(2, settings.judge_samples)
+    judge = lambda adapter: judge_models([("", adapter)], *judging, few, "curve")[1][""]
     for name in [settings.method] if settings.method else ["on-policy", "semi"]:
-        if name == "on-policy":
-            lr, iteration = settings.lr, lambda adapter, optimizer, rng: iterate(
-                model, adapter, optimizer, settings, TRAIN_PROMPTS, reward, rng)
-        else:
+        lr, iteration = settings.lr, partial(iterate, method=settings, prompts=TRAIN_PROMPTS,
+                                             reward=reward)
+        if name == "semi":
             file = folder / "buffer.pt"
-            if file.exists():
-                buffer = torch.load(file, weights_only=True)
-            else:
-                buffer = collect_buffer(model, settings, TRAIN_PROMPTS, buffer_reward,
-                                        settings.buffer_groups, settings.seed)
-                save_whole(buffer, file)
+            if not file.exists():
+                save_whole(collect_buffer(model, settings, TRAIN_PROMPTS, buffer_reward,
+                                          settings.buffer_groups, settings.seed), file)
             method = replace(settings, tau=settings.buffer_tau)
-            if name == "off-policy":
-                method.clip_range = math.inf
-            lr, iteration = settings.buffer_lr, lambda adapter, optimizer, rng: iterate_buffered(
-                model, adapter, optimizer, method, buffer, rng)
-        adapters[name], new = train(name, model, settings, lr, iteration, point, folder)
+            lr, iteration = settings.buffer_lr, partial(iterate_buffered, method=method,
+                                                        buffer=torch.load(file, weights_only=True))
+        adapters[name], new = train(name, model, settings, lr, iteration, judge, folder)
         rows += new
     models, chosen = {"base": None} | adapters, ""
     if not settings.method:
         semi, on = adapters["semi"], adapters["on-policy"]
         merges = {f"s = {s:g}": merge_adapters((semi, 1.0), (on, s)) for s in settings.sweep}
         models = {"base": None, "semi": semi} | merges | {"on-policy": on}
-    clips, scores = judge_all(model, reward, settings, models)
+    bar = progress(models.items(), desc="judging", unit="model")
+    clips, scores = judge_models(bar, *judging, settings.judge_samples, "judging")
+    judged = judged_rows(scores)
     if not settings.method:
-        both = {name: (own["reward"].mean().item(), own["judge"].mean().item())
-                for name, own in scores.items()}
+        both = {row["model"]: (row["reward"], row["judge"]) for row in judged}
         s = choose_strength({s: both[f"s = {s:g}"] for s in settings.sweep}, both["base"])
         chosen = "semi" if s is None else f"s = {s:g}"
         if RANK == 0:
             models[chosen].save(folder / "merged", model)
-    write_report(folder, settings, clips, scores, time.perf_counter() - began, chosen)
-    return check_numbers(rows, scores)
+    write_report(folder, settings, clips, judged, time.perf_counter() - began, chosen)
+    return check_numbers(rows, judged)
 
 
-@torch.no_grad()
-def stream(settings: Settings) -> int:
+def write_sample(settings: Settings) -> int:
     """Write clips of a prompt to a GIF, side by side."""
     file = Path(settings.out or "clip.gif")
-    if file.suffix != ".gif":
-        raise UserError(f"--out {file}: must be the name of a .gif file")
     model = load_generator(settings.base, choose_device(settings.device), settings.timesteps)
     adapter = Adapter.load(settings.adapter, model) if settings.adapter else None
     noise = draw_noise(model, settings.samples, seeded(settings.seed, "sampling"))
-    with adapter.on(model) if adapter else nullcontext():
+    with torch.no_grad(), adapter.on(model) if adapter else nullcontext():
         clips = sample(model, [settings.sample] * settings.samples, noise)
     file.parent.mkdir(parents=True, exist_ok=True)
     save_gif([clips[None]], file, scale=8)
@@ -1291,7 +1242,7 @@ def main(arguments: list | None = None) -> int:
     try:
         settings = parse(arguments)
         if settings.sample:
-            return stream(settings)
+            return write_sample(settings)
         folder = settings.resume or settings.out or time.strftime("runs/%Y%m%d-%H%M%S")
         return run(replace(settings, out=folder))
     except BaseException as error:

@@ -18,7 +18,7 @@ from reward import UserError
 
 HERE = Path(__file__).resolve().parent
 ON = "python arcopo.py --method on-policy --seed S --steps"
-BUFFERED = "python arcopo.py --method {} --seed S --steps 100 --judge-every 10"
+SEMI = "python arcopo.py --method semi --seed S --steps 100 --judge-every 10"
 SDE = "python -m studies.sde_grpo --seed S --steps"
 RECIPE = "python -m studies.merging --seed S --steps 100 --sweep 0.4,0.6,0.8,1,1.5,2"
 DISTILLED = "--timesteps 1,0.5,0.25,0.1"        # at which the student was distilled
@@ -45,13 +45,11 @@ RUNS = [
     Run("C6", "recipe, on-policy without TA", f"{RECIPE} --reward vq=1,mq=1", (0, 1, 2)),
     Run("C4", "TA alone", f"{ON} 100 --reward ta=1 --judge-every 10"),
     Run("C4", "TA alone, 4 times the rate", f"{ON} 100 --reward ta=1 --judge-every 10 --lr 4e-4"),
-    Run("C4 C5", "semi", BUFFERED.format("semi")),
-    Run("C5", "off-policy", BUFFERED.format("off-policy")),
-    Run("C4 C5", "semi, 25 times the rate", f"{BUFFERED.format('semi')} --buffer-lr 5e-4"),
-    Run("C5", "semi, 25 times the rate, ε 1e-6",
-        f"{BUFFERED.format('semi')} --buffer-lr 5e-4 --clip-range 1e-6"),
-    Run("C5", "off-policy, 25 times the rate",
-        f"{BUFFERED.format('off-policy')} --buffer-lr 5e-4"),
+    Run("C4 C5", "semi", SEMI),
+    Run("C5", "off-policy", f"{SEMI} --clip-range inf"),
+    Run("C4 C5", "semi, 25 times the rate", f"{SEMI} --buffer-lr 5e-4"),
+    Run("C5", "semi, 25 times the rate, ε 1e-6", f"{SEMI} --buffer-lr 5e-4 --clip-range 1e-6"),
+    Run("C5", "off-policy, 25 times the rate", f"{SEMI} --buffer-lr 5e-4 --clip-range inf"),
     Run("C7", "flow matching", f"{ON} 60 --base assets/teacher.safetensors"),
     Run("C7", "right captions", f"{ON} 60 --base assets/right-captions.safetensors"),
     Run("C8", "cost", "python -m studies.cost --seed S", (0, 1, 2)),

@@ -109,7 +109,7 @@ def ta():
              "on-policy, 4 times the rate": ("TA alone, 4 times the rate", "on-policy"),
              "semi": ("semi", "semi"),
              "semi, 25 times the rate": ("semi, 25 times the rate", "semi"),
-             "off-policy, 25 times the rate": ("off-policy, 25 times the rate", "off-policy")}
+             "off-policy, 25 times the rate": ("off-policy, 25 times the rate", "semi")}
     limits = {"ta": (-0.12, 0.12), "judge": (-0.1, 0.08), "all_right": (-0.3, 0.15)}
     for label, pair in lines.items():
         points = {column: along(*pair, column) for column in limits}

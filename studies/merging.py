@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from arcopo import (Adapter, Settings, exit_code, judge_all, judged_rows, load, merge_adapters,
+from arcopo import (Adapter, Settings, exit_code, judge_models, judged_rows, load, merge_adapters,
                     parse, read_record, run, write_csv)
 
 
@@ -16,9 +16,9 @@ def study(settings: Settings) -> int:
     folder, code = Path(settings.out), run(settings)
     model, reward, _ = load(settings, read_record(folder)["reward_scales"])
     on = Adapter.load(folder / "on-policy", model)
-    models = {"base": None}
-    models |= {f"on-policy x {s:g}": merge_adapters((on, s)) for s in settings.sweep if s != 1}
-    scores = judge_all(model, reward, settings, models)[1]
+    models = [(f"on-policy x {s:g}", merge_adapters((on, s))) for s in settings.sweep if s != 1]
+    scores = judge_models([("base", None), *models], model, reward, settings,
+                          settings.judge_samples, "judging")[1]
     write_csv(folder / "judged.csv", judged_rows(scores)[1:], "a")
     return code
 

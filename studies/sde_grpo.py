@@ -11,13 +11,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from arcopo import (Adapter, Fork, Generator, Method, Noise, Settings, average_, check_numbers,
-                    clipped_objective, draw_noise, exit_code, fork, group_advantages, judge_all,
-                    judge_model, load_generator, metrics, neighbor_noise, option, parse, replay,
+                    clipped_objective, draw_noise, exit_code, fork, group_advantages, judge_models,
+                    judged_rows, load_generator, metrics, neighbor_noise, option, parse, replay,
                     reward_metrics, rewarded, start, train, write_report)
 from reward import TRAIN_PROMPTS, UserError
 
@@ -117,13 +118,15 @@ def run(settings: SdeSettings) -> int:
         raise UserError("--base, --timesteps: this sampler adds no noise that SDE-GRPO could "
                         "explore; choose a consistency model with two or more times")
     folder, model, reward, _ = start(settings)
-    iteration = lambda adapter, optimizer, rng: iterate(model, adapter, optimizer, settings,
-                                                        TRAIN_PROMPTS, reward, rng)
-    point = lambda: judge_model(model, reward, settings, min(2, settings.judge_samples), "curve")[1]
-    adapter, rows = train("sde-grpo", model, settings, settings.lr, iteration, point, folder)
-    clips, scores = judge_all(model, reward, settings, {"base": None, "sde-grpo": adapter})
-    write_report(folder, settings, clips, scores, time.perf_counter() - began)
-    return check_numbers(rows, scores)
+    iteration = partial(iterate, method=settings, prompts=TRAIN_PROMPTS, reward=reward)
+    judging, few = (model, reward, settings), min(2, settings.judge_samples)
+    judge = lambda adapter: judge_models([("", adapter)], *judging, few, "curve")[1][""]
+    adapter, rows = train("sde-grpo", model, settings, settings.lr, iteration, judge, folder)
+    models = [("base", None), ("sde-grpo", adapter)]
+    clips, scores = judge_models(models, *judging, settings.judge_samples, "judging")
+    judged = judged_rows(scores)
+    write_report(folder, settings, clips, judged, time.perf_counter() - began)
+    return check_numbers(rows, judged)
 
 
 def main(arguments: list | None = None) -> int:

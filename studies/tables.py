@@ -174,7 +174,7 @@ def baseline() -> str:
                    ("reward", "judge", "all_right", "area"))
 
 
-TEXT_ALONE = {name: (name, name.partition(",")[0]) for name in (
+TEXT_ALONE = {name: (name, "semi") for name in (
     "semi", "semi, 25 times the rate", "semi, 25 times the rate, ε 1e-6", "off-policy",
     "off-policy, 25 times the rate")}
 TEXT_ALONE |= {"on-policy": ("TA alone", "on-policy"),
