@@ -53,7 +53,7 @@ def errors(model, reward, settings: Settings) -> dict[str, float]:
         wrong = (scores[name] == 0) & ~empty
         found[f"wrong {name}"] = wrong.float().mean().item()
         found[f"AUC of TA, {name}"] = auc(ta[right], ta[wrong & (count == 2)])      # alone
-    for name in ("visual", "motion_quality", "area"):
+    for name in ("visual", "motion_quality"):
         found[f"{name} of right clips"] = scores[name][right].mean().item()
     return found
 
@@ -70,16 +70,15 @@ def groups(model, reward, settings: Settings, pivot: int) -> dict[str, float]:
     matching = values["colour"] * values["shape"]
     mixed = (matching.amin(1) == 0) & (matching.amax(1) == 1)
     found = {"groups with right and wrong colour or shape": mixed.float().mean().item()}
-    for name in ("ta", "vq", "mq", "reward"):
-        found[f"deviation of {name}"] = values[name].std(1, correction=0).mean().item()
-        for other in ("area", "light"):
-            found[f"{name} and {other}"] = correlation(values[name], values[other])
-    return found | {"area and light": correlation(values["area"], values["light"])}
+    found["deviation of ta"] = values["ta"].std(1, correction=0).mean().item()
+    for one, other in (("vq", "light"), ("area", "light")):
+        found[f"{one} and {other}"] = correlation(values[one], values[other])
+    return found
 
 
 def study(settings: Settings) -> int:
     folder = Path(settings.out or time.strftime("runs/base-%Y%m%d-%H%M%S"))
-    model, reward, _ = load(replace(settings, reward="ta=1,vq=1,mq=1"))
+    model, reward, _ = load(replace(settings, reward="ta=1,vq=1"))
     folder.mkdir(parents=True, exist_ok=True)
     found = {"clips": errors(model, reward, settings)}
     for pivot in tqdm(range(model.chunks), "base", unit="pivot"):

@@ -7,14 +7,12 @@ Run it with nothing else running.
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from arcopo import (Adapter, Generator, Settings, branch_noise, draw_noise, exit_code, fork, load,
@@ -25,29 +23,6 @@ from studies import sde_grpo
 USED = set("""group sigma anchors updates prompts clip_range tau floor lr rank alpha out base
            timesteps seed device reward clip""".split())
 ROUNDS = 3
-
-
-class Products(TorchDispatchMode):
-    """Counts the matrix products inside, by the shapes of their two factors."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        factors = {"addmm": args[1:3], "mm": args[:2], "bmm": args[:2]}
-        name = function.overloadpacket.__name__
-        if name in factors:
-            self.shapes[tuple(tuple(x.shape) for x in factors[name])] += 1
-        return function(*args, **(kwargs or {}))
-
-    def seconds(self, device: torch.device) -> float:
-        """What these products take by themselves."""
-        total = 0.0
-        for (a, b), count in self.shapes.items():
-            x, y = torch.randn(a, device=device), torch.randn(b, device=device)
-            total += count * median(timed(lambda x=x, y=y: x @ y) for _ in range(5))
-        return total
 
 
 def timed(call: Callable) -> float:
@@ -145,11 +120,6 @@ def study(settings: Settings) -> int:
                 seconds[name].append(took)
     rows = [{"part": name, "seconds": median(seconds[name]), "counted": counted}
             for name, (_, counted) in parts.items()]
-    with Products() as products:
-        parts["fork 1"][0]()
-        parts["update 1"][0]()
-    rows.append({"part": "matrix products of fork 1 and update 1", "counted": 0,
-                 "seconds": products.seconds(model.device)})
     if model.device.type == "cuda":
         device = torch.cuda.get_device_name(model.device)
     else:

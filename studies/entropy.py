@@ -1,8 +1,8 @@
 """Fig. 6: which noise decides a chunk. python -m studies.entropy
 
 All noise is shared but one source of the pivot chunk, which is redrawn for each branch. Writes
-entropy.csv: per source and pivot the deviation between branches of the pixels in [0, 1] (root mean
-square over prompts and pixels, of the pivot chunk, and of all chunks from it on) and of the reward.
+entropy.csv: per source and pivot the deviation between branches of the pixels of the pivot chunk,
+in [0, 1], root mean square over prompts and pixels.
 """
 
 import sys
@@ -12,18 +12,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from arcopo import draw_noise, exit_code, fork, load, neighbor_noise, parse, seeded, write_csv
+from arcopo import (choose_device, draw_noise, exit_code, fork, load_generator, neighbor_noise,
+                    parse, seeded, write_csv)
 from reward import HELD_OUT_PROMPTS
 
-USED = {"out", "base", "timesteps", "seed", "device", "reward", "clip"}
+USED = {"out", "base", "timesteps", "seed", "device"}
 GROUP = 4
 
 
 def study(settings) -> int:
     folder = Path(settings.out or time.strftime("runs/entropy-%Y%m%d-%H%M%S"))
-    model, reward, _ = load(settings)
+    model = load_generator(settings.base, choose_device(settings.device), settings.timesteps)
     folder.mkdir(parents=True, exist_ok=True)
-    prompts = [prompt for prompt in HELD_OUT_PROMPTS for _ in range(GROUP)]
     solver_steps = draw_noise(model, 1, seeded(0)).solver.shape[2]
     sources = ["nothing", "initial noise", *(f"solver noise {i + 1}" for i in range(solver_steps))]
     rows = []
@@ -40,17 +40,12 @@ def study(settings) -> int:
             if solver_steps:
                 solver = torch.stack(redrawn[1:], 2)
             clips = fork(model, HELD_OUT_PROMPTS, pivot, noise, redrawn[0], solver)[1]
-            scores = reward(clips.flatten(0, 1), prompts)["reward"].view(-1, GROUP)
             variance = (clips - clips[:, :1]).var(1, correction=0).unflatten(1, (model.chunks, -1))
             rows.append({"source": source, "pivot": pivot + 1,
-                         "pivot_chunk": variance[:, pivot].mean().sqrt().item(),
-                         "from_pivot_on": variance[:, pivot:].mean().sqrt().item(),
-                         "reward": scores.std(1, correction=0).mean().item()})
+                         "deviation": variance[:, pivot].mean().sqrt().item()})
     write_csv(folder / "entropy.csv", rows)
-    print(f"{'deviation of the pivot chunk':<28}{'pivot':>6}{'pixels':>9}{'reward':>9}")
     for row in rows:
-        print(f"{row['source']:<28}{row['pivot']:>6}{row['pivot_chunk']:>9.4f}"
-              f"{row['reward']:>9.4f}")
+        print(f"{row['source']:<16} pivot {row['pivot']}{row['deviation']:>9.4f}")
     print(f"wrote {folder}/entropy.csv")
     return 0
 

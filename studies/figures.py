@@ -23,7 +23,7 @@ import torch
 from arcopo import (Adapter, Parser, Settings, branch_noise, choose_strength, draw_noise, exit_code,
                     fork, group_advantages, load, load_generator, sample, seeded)
 from reward import HELD_OUT_PROMPTS, judge
-from studies.claims import read
+from studies.tables import rows_of
 
 HERE = Path(__file__).resolve().parent
 TITLES = {"reward": "reward", "judge": "judge", "area": "area of the shape, px²",
@@ -34,10 +34,6 @@ COLOURS = {"on-policy": "tab:red", "semi": "tab:blue", "merged": "tab:purple",
            "on-policy, 4 times the rate": "tab:brown"}
 COLUMNS = "reward", "judge", "all_right", "area"
 SIZE = {"font.size": 13, "axes.titlesize": 14, "legend.fontsize": 11}
-
-
-def rows_of(name: str, **wanted: str) -> list[dict]:
-    return [row for row in read(HERE / name) if all(row[k] == v for k, v in wanted.items())]
 
 
 def changes(rows: list[dict], base: list[dict], x: str, y: str) -> dict[float, list[float]]:

@@ -121,22 +121,17 @@ def bases() -> str:
     return markdown(table)
 
 
-def base_by_pivot(measures: dict[str, str]) -> str:
-    """{measure of base.csv: label} -> a table by pivot, of the base."""
+def pivots() -> str:
+    """The base's groups of branches."""
     table = [["", *(f"pivot {p}" for p in range(1, 5))]]
-    for measure, label in measures.items():
+    for measure, label in (("groups with right and wrong colour or shape",
+                            "groups with right and wrong clips"),
+                           ("deviation of ta", "deviation of TA"),
+                           ("area and light", "area and light")):
         rows = [rows_of("base.csv", command="python -m studies.base --seed S", measure=measure,
                         subject=f"pivot {p}") for p in range(1, 5)]
         table.append([label, *(spread(values(r, "value"), 2) for r in rows)])
     return markdown(table)
-
-
-def pivots() -> str:
-    """The base's groups of branches."""
-    return base_by_pivot({
-        "groups with right and wrong colour or shape": "groups with right and wrong clips",
-        "deviation of ta": "deviation of TA", "vq and light": "VQ and light",
-        "vq and area": "VQ and area", "area and light": "area and light"})
 
 
 def auc() -> str:
@@ -150,19 +145,17 @@ def auc() -> str:
 
 
 def entropy() -> str:
-    """C1: deviation of the pivot chunk by the initial noise, over that by the solver noise."""
-    table = [["sampler times", "solver noise", *(f"pivot {p}" for p in range(1, 5))]]
+    """C1: deviation of the pivot chunk by the initial noise, over that by the first solver noise,
+    which counts most."""
+    table = [["sampler times", *(f"pivot {p}" for p in range(1, 5))]]
     for line in dict.fromkeys(row["command"] for row in rows_of("entropy.csv")):
-        times = line.partition("--timesteps ")[2] or "1,0.1,0.05,0.02 (shipped)"
-        for i in (1, 2, 3):
-            cells = []
-            for p in range(1, 5):
-                found = lambda source, p=p: rows_of("entropy.csv", command=line, source=source,
-                                                    pivot=str(p))
-                pairs = zip(values(found("initial noise"), "pivot_chunk"),
-                            values(found(f"solver noise {i}"), "pivot_chunk"))
-                cells.append(spread([a / b for a, b in pairs], 1))
-            table.append([times if i == 1 else "", str(i), *cells])
+        cells = []
+        for p in range(1, 5):
+            initial, solver = (values(rows_of("entropy.csv", command=line, pivot=str(p),
+                                              source=source), "deviation")
+                               for source in ("initial noise", "solver noise 1"))
+            cells.append(spread([a / b for a, b in zip(initial, solver)], 1))
+        table.append([line.partition("--timesteps ")[2] or "1,0.1,0.05,0.02 (shipped)", *cells])
     return markdown(table)
 
 
@@ -211,10 +204,6 @@ def cost() -> str:
         measured, counted = ([total(run, above, name) / total(run, below, name)
                               for run in runs.values()] for name in ("seconds", "counted"))
         table.append([label, spread(measured, 2), f"{counted[0]:.2f}"])
-    share = [float(run["matrix products of fork 1 and update 1"]["seconds"])
-             / (float(run["fork 1"]["seconds"]) + float(run["update 1"]["seconds"]))
-             for run in runs.values()]
-    table.append(["their matrix products alone / fork 1 and update 1", spread(share, 2), ""])
     return markdown(table)
 
 
