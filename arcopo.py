@@ -92,7 +92,7 @@ class Method:
     tau: float = option(0.03, "temperature τ₀ (Eq. 5) of distances that are means; the paper sums")
     quasi_norm: float = option(0.0, "p of the advantages' quasi-norm; 0: standard deviation", "0")
     floor: float = option(0.02, "lower bound of σ_r (Eq. 3), in the reward's unit")
-    micro: int = option(0, "most rows in a batch of the generator; 0: no limit, 48 in judging")
+    micro: int = option(0, "rows in a batch of the generator; 0: no limit (48 in judging)")
 
     def __post_init__(self):
         largest = {"sigma": 1, "quasi_norm": 2, "anchors": self.group, "clip_range": math.inf}
@@ -165,13 +165,13 @@ class Generator(nn.Module):
     x_t = (1 - t) x₀ + t ε, in float32; t is a float or float32 [N]. `timesteps` include a
     scheduler's shift and serve all chunks. A prediction may have any dtype. There is no guidance:
     the policy is one call of predict. A row's result does not depend on the other rows. A Context
-    is any object with repeat(times), after which row n * times + b is row n again; nothing writes
-    to it, so copies may share memory. An Adapter applies to the nn.Linear layers of the module.
+    is any object with repeat(times): row n becomes rows n * times to n * times + times - 1. Nothing
+    writes to it, so the copies may share memory. An Adapter applies to nn.Linear layers.
 
-    A flow map, which is told where its step ends, finds that in `timesteps` and returns x_t - t u
-    (u: its average velocity), with flow = True. Chunks of unequal length are padded, and predicted
-    as zeros there. Optional: `fingerprint`, a hash of the weights, so that an adapter of other
-    weights is refused.
+    A flow map is a network that is told where its step ends: it finds that in `timesteps`, and with
+    its average velocity u predict returns x_t - t u; flow = True. Chunks of unequal length are
+    padded to chunk_shape, and predict returns zeros for the padding. Optional: `fingerprint`, a
+    hash of the weights, so that an adapter of other weights is refused.
     """
 
     chunk_shape, chunks = (CHUNK_FRAMES, 3, SIZE, SIZE), CHUNKS
@@ -328,8 +328,8 @@ def neighbor_noise(base: Tensor, sigma: float, group: int,
                    rng: torch.Generator | None = None) -> Tensor:
     """ε⁽ⁱ⁾ = √(1-σ²) ε* + σ δ⁽ⁱ⁾ with δ⁽ⁱ⁾ ~ N(0, I) (Eq. 1): the same expected squared norm.
 
-    base: any shape -> [group, *base.shape]. sigma in [0, 1], else ValueError: 0 repeats the base,
-    1 draws independent noise.
+    base: any shape -> [group, *base.shape]. sigma in [0, 1]: 0 repeats the base, 1 draws
+    independent noise.
     """
     device = rng.device if rng else base.device
     delta = torch.randn(group, *base.shape, generator=rng, device=device).to(base)
@@ -579,15 +579,15 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
     On-policy, π_old is the adapter before the first of method.updates steps. buffered: the branches
     are the reference policy's (Sec. 3.3), which is π_old: one step, and the clip is the trust
     region around the reference. rewards [P, G]; no adapter may be on. J is a mean over pairs, so
-    its gradient is summed over slices of method.micro rows, and averaged over processes, which have
-    other groups. Returns scalars, on the device:
+    its gradient is summed over slices of method.micro rows, and averaged over processes, each with
+    its own groups. Returns scalars, on the device:
 
     replay_error     mean |log π_old - log π of the rollout|: rounding alone, if all is well
     ratio_first      mean ρ at the first step; on-policy exactly 1
     clip_fraction    share of terms whose gradient the clip sets to zero, at the last step
     grad_norm        mean over steps
-    skipped          steps left out because their gradient was not finite. Departure: so a prefix
-                     that is not finite costs all P prompts the update
+    skipped          steps left out because their gradient was not finite. So a prefix that is not
+                     finite skips the update for all P prompts
     """
     pairs = draw_pairs(len(model.timesteps), rewards.shape[1], method.anchors, rng)
     pairs = pairs.to(model.device)
@@ -602,8 +602,8 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
         x = replay(model, branches, step, anchor).flatten(2)            # [P, k, D]
         return surrogate_log_policy(branches.candidates[:, step].flatten(3), x, method.tau)
 
-    # Departure: π_old is of a replay, because a rollout may round differently. It is not under
-    # no_grad, so that the adapter acts by hooks as it does below, and the first ratio is exactly 1.
+    # Departure: π_old comes from a replay, because the rollout may round differently. It is not
+    # under no_grad, so that the adapter acts by hooks, as below, and the first ratio is exactly 1.
     with nullcontext() if buffered else adapter.on(model):
         old = [log_policy(*part).detach() for part in slices]
     norms, ratios, skipped = [], [], 0
@@ -616,13 +616,13 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
                 J = clipped_objective(log_ratio, A, method.clip_range)
                 (-J * len(step) / len(pairs)).backward()                                   # line 9
                 log_ratios.append(log_ratio.detach())
-        reached = [p for p in adapter.parameters() if p.grad is not None]
-        if len(reached) < len(adapter.parameters()):
+        trained = [p for p in adapter.parameters() if p.grad is not None]
+        if len(trained) < len(adapter.parameters()):
             layers = getattr(adapter, "weights", {})
             names = [name for name, (A, B) in layers.items() if B.grad is None]
             warnings.warn(f"no gradient reaches the adapter of layers {names}: are they used "
                           "without a call? Leave them out of its targets", stacklevel=2)
-        norms.append(nn.utils.get_total_norm([average_(p.grad) for p in reached]))
+        norms.append(nn.utils.get_total_norm([average_(p.grad) for p in trained]))
         ratios.append(torch.cat(log_ratios, 1).exp())
         if torch.isfinite(norms[-1]):
             optimizer.step()
@@ -683,10 +683,10 @@ def collect_buffer(model: Generator, method: Method, prompts: list[str], reward:
     for first in progress(range(0, size, method.prompts), "buffer", unit="batch"):
         branches, scores = explore(model, method, prompts, reward, seeded(seed, "buffer", first))
         for i, prompt in enumerate(branches.prompts):
-            halves = {name: getattr(branches, name)[i].half().cpu()
-                      for name in ("prefix", "states", "candidates")}
-            own = {name: x[i].clone().cpu() for name, x in scores.items()}
-            buffer.append({"prompt": prompt, "scores": own} | halves)
+            tensors = {name: getattr(branches, name)[i].half().cpu()
+                       for name in ("prefix", "states", "candidates")}
+            rewards = {name: x[i].clone().cpu() for name, x in scores.items()}
+            buffer.append({"prompt": prompt, "scores": rewards} | tensors)
     return buffer[:size]
 
 
@@ -786,8 +786,8 @@ def choose_strength(scores: dict[float, tuple[float, float]],
     """Sec. 4.4: the largest s that improves both (reward, independent judge) over the base.
 
     None if none does. Departures: then the script uses the semi-on-policy adapter alone (s = 0),
-    which the paper's rule does not cover; and it measures both scores on the same clips. Equal or
-    NaN is no improvement.
+    which the paper's rule does not cover; and both scores are of the clips of the final table.
+    Equal or NaN is no improvement.
     """
     return max((s for s, (reward, score) in scores.items()
                 if reward > base[0] and score > base[1]), default=None)
@@ -804,7 +804,8 @@ class Settings(Method):
     alpha: float = option(32.0, "α of the LoRA adapter, scaled by α/r", "128")
     buffer_groups: int = option(100, "rollout groups in the buffer", "100")
     buffer_lr: float = option(2e-5, "learning rate of AdamW with the buffer", "1e-5")
-    buffer_tau: float = option(20.0, "τ with the buffer; the trust region is as wide as ε τ")
+    buffer_tau: float = option(20.0, "τ with the buffer; the trust region is as wide as ε τ",
+                               "as --tau")                          # Departure: its own
     buffer_reward: str = option("ta=1", "rewards of the buffer, as --reward", "TA")
     sweep: tuple = option((0.4, 0.6, 0.8, 1.0), "strengths s of the on-policy adapter", "0.4 to 1")
     method: str = option("", "train one adapter alone; semi with --clip-range inf is the paper's "
@@ -882,27 +883,25 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
     row of NAME-curve.csv. Every iteration ends with a checkpoint, from which the training continues
     if there is one, so a run that is killed at any time and resumed ends as one that was not.
     """
-    kind = "buffered" if name == "semi" else "explored"     # of random numbers
-    seed, own = settings.seed, (RANK,) if RANK else ()      # each process draws its own groups
+    kind = "buffered" if name == "semi" else "explored"     # stream of random numbers
+    seed, rank = settings.seed, (RANK,) if RANK else ()     # each process draws its own groups
     adapter = Adapter.new(model, settings.rank, settings.alpha, seeded(seed, kind, "adapter"))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr, weight_decay=0)
-    checkpoint, rows, curve, first = folder / f"{name}.checkpoint.pt", [], [], 0
+    checkpoint, rows, curve, next_step = folder / f"{name}.checkpoint.pt", [], [], 0
     judged = lambda step: step % settings.judge_every == 0 or step == settings.steps
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        if len(saved["rows"]) > settings.steps:
-            raise UserError(f"--steps {settings.steps}: {len(saved['rows'])} are done already")
         for p, q in zip(adapter.parameters(), saved["parameters"]):
             p.data.copy_(q)
         optimizer.load_state_dict(saved["optimizer"])
-        rows, first = saved["rows"], len(saved["rows"]) + 1
+        rows, next_step = saved["rows"], len(saved["rows"]) + 1
         curve = [row for row in saved["curve"] if judged(row["step"])]  # not a former end
     write_csv(folder / f"{name}.csv", rows)
     write_csv(folder / f"{name}-curve.csv", curve)
     with progress(total=settings.steps, initial=len(rows), desc=name, unit="it") as bar:
-        for step in range(first, settings.steps + 1):               # step 0 only judges
+        for step in range(next_step, settings.steps + 1):           # step 0 only judges
             if step > 0:
-                rng = seeded(seed, kind, step, *own)
+                rng = seeded(seed, kind, step, *rank)
                 rows.append({"step": step} | iteration(model, adapter, optimizer, rng=rng))
                 write_csv(folder / f"{name}.csv", rows[-1:], "a")
                 bar.update()
@@ -923,7 +922,7 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
 
 def sample_batches(model: Generator, prompts: list[str], rng: torch.Generator,
                    size: int) -> Tensor:
-    """sample in batches (size 0: 48 prompts); the noise depends on rng, not on the weights."""
+    """sample in batches of `size` prompts (0: 48). Same rng, same noise, whatever the weights."""
     parts = [prompts[i : i + (size or 48)] for i in range(0, len(prompts), size or 48)]
     return torch.cat([sample(model, part, draw_noise(model, len(part), rng)) for part in parts])
 
@@ -1134,7 +1133,7 @@ def read_record(folder: str | Path, cls: type = Settings) -> dict:
 
 def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
     """Begin a run, or continue it: its folder, with settings.json, and what load returns. A new run
-    takes no folder that has a settings.json. Raises UserError."""
+    refuses a folder that holds one. Raises UserError."""
     device = choose_device(settings.device)
     if dist.is_torchelastic_launched() and not dist.is_initialized():           # by torchrun
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
@@ -1146,6 +1145,10 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
         if record["processes"] != processes:
             raise UserError(f"--resume {folder}: start as many processes as before, "
                             f"{record['processes']}")
+        for file in folder.glob("*.checkpoint.pt"):
+            done = len(torch.load(file, map_location="cpu", weights_only=True)["rows"])
+            if done > settings.steps:
+                raise UserError(f"--steps {settings.steps}: the run has done {done} already")
     elif (folder / "settings.json").exists():
         raise UserError(f"--out {folder}: holds a run; --resume it or name another folder")
     else:
@@ -1167,22 +1170,25 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
 
 def run(settings: Settings) -> int:
     """The recipe, or the training of settings.method alone: train, merge, judge, choose s and write
-    all to the run folder -> exit code, 1 if numbers were not finite."""
+    all to the run folder -> the exit code of check_numbers."""
     began, adapters, rows = time.perf_counter(), {}, []
     folder, model, reward, buffer_reward = start(settings)
-    judging, few = (model, reward, settings), min(2, settings.judge_samples)
-    judge = lambda adapter: judge_models([("", adapter)], *judging, few, "curve")[1][""]
+    parts, curve_samples = (model, reward, settings), min(2, settings.judge_samples)
+    judge = lambda adapter: judge_models([("", adapter)], *parts, curve_samples, "curve")[1][""]
     for name in [settings.method] if settings.method else ["on-policy", "semi"]:
         lr, iteration = settings.lr, partial(iterate, method=settings, prompts=TRAIN_PROMPTS,
                                              reward=reward)
         if name == "semi":
             file = folder / "buffer.pt"
-            if not file.exists():
-                save_whole(collect_buffer(model, settings, TRAIN_PROMPTS, buffer_reward,
-                                          settings.buffer_groups, settings.seed), file)
+            if file.exists():
+                buffer = torch.load(file, weights_only=True)
+            else:
+                buffer = collect_buffer(model, settings, TRAIN_PROMPTS, buffer_reward,
+                                        settings.buffer_groups, settings.seed)
+                save_whole(buffer, file)
             method = replace(settings, tau=settings.buffer_tau)
             lr, iteration = settings.buffer_lr, partial(iterate_buffered, method=method,
-                                                        buffer=torch.load(file, weights_only=True))
+                                                        buffer=buffer)
         adapters[name], new = train(name, model, settings, lr, iteration, judge, folder)
         rows += new
     models, chosen = {"base": None} | adapters, ""
@@ -1191,7 +1197,7 @@ def run(settings: Settings) -> int:
         merges = {f"s = {s:g}": merge_adapters((semi, 1.0), (on, s)) for s in settings.sweep}
         models = {"base": None, "semi": semi} | merges | {"on-policy": on}
     bar = progress(models.items(), desc="judging", unit="model")
-    clips, scores = judge_models(bar, *judging, settings.judge_samples, "judging")
+    clips, scores = judge_models(bar, *parts, settings.judge_samples, "judging")
     judged = judged_rows(scores)
     if not settings.method:
         both = {row["model"]: (row["reward"], row["judge"]) for row in judged}
@@ -1218,7 +1224,7 @@ def write_sample(settings: Settings) -> int:
 
 
 def exit_code(error: BaseException, folder: str = "") -> int:
-    """Print the one line of a user's mistake -> exit code. Raises the error if it is none."""
+    """Print the one line of a user's mistake -> exit code. Any other error is raised again."""
     message, code = str(error), 2
     if isinstance(error, SystemExit):
         return error.code or 0                                  # --help

@@ -47,7 +47,7 @@ def tiny(repository: Path):
     for name in ("diffusers", "diffusers.configuration_utils", "diffusers.models", "einops",
                  "diffusers.models.modeling_utils", "demo_utils", "demo_utils.memory",
                  "wan", "wan.modules", "wan.modules.t5", "wan.modules.tokenizers",
-                 "wan.modules.vae", "pipeline"):
+                 "wan.modules.vae", "pipeline", "utils.memory"):
         sys.modules[name] = Stub(name)
         sys.modules[name].__path__ = [str(repository / name.replace(".", "/"))]
     sys.modules["diffusers.configuration_utils"].register_to_config = lambda function: function
@@ -75,16 +75,20 @@ def tiny(repository: Path):
 
 
 def compare(model: SelfForcing, pipeline_class: type, prompts: list[str], dtype) -> None:
-    """Self-Forcing's own sampling loop, with our noise in place of what it draws."""
+    """The code's own sampling loop, with our noise in place of what it draws."""
     noise = Noise(*(x.to(dtype).float() for x in draw_noise(model, len(prompts), seeded(0))))
     config = types.SimpleNamespace(denoising_step_list=[1000, 750, 500, 250], context_noise=0,
                                    warp_denoising_step=True, num_frame_per_block=3,
-                                   independent_first_frame=False)
+                                   independent_first_frame=False,
+                                   model_kwargs=types.SimpleNamespace(local_attn_size=-1))
     pipeline = pipeline_class(config, "cpu", model.wrapper, *model.outside).to(dtype)
     pipeline.num_transformer_blocks, pipeline.frame_seq_length = 2, model.tokens // 3
-    shape = len(prompts), model.chunks * model.tokens, 2, 24
-    caches = lambda: [{n: torch.zeros(shape, dtype=dtype) for n in "kv"} for _ in range(2)]
+    shape, start = (len(prompts), model.chunks * model.tokens, 2, 24), torch.tensor([0])
+    caches = lambda: [{"k": torch.zeros(shape, dtype=dtype), "v": torch.zeros(shape, dtype=dtype),
+                       "global_end_index": start.clone(), "local_end_index": start.clone(),
+                       "is_init": False} for _ in range(2)]
     pipeline.kv_cache1, pipeline.crossattn_cache = caches(), caches()
+    pipeline._initialize_kv_cache = pipeline._initialize_crossattn_cache = lambda **_: None
     drawn, torch.randn_like = torch.randn_like, lambda x: next(own).reshape(x.shape).to(dtype)
     own = (noise.solver[:, p, i] for p in range(model.chunks)
            for i in range(len(model.timesteps) - 1))
@@ -94,7 +98,7 @@ def compare(model: SelfForcing, pipeline_class: type, prompts: list[str], dtype)
     finally:
         torch.randn_like = drawn
     difference = (sample(model, prompts, noise) - theirs).abs().max().item()
-    print(f"sampler in {dtype}: differs from Self-Forcing's own loop by {difference}")
+    print(f"sampler in {dtype}: differs from its own loop by {difference}")
     assert difference < 1e-5
 
 

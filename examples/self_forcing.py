@@ -15,9 +15,9 @@ made. In the folder of that repository, with its weights:
     adapter = Adapter.new(model, 64, 128.0)
     optimizer = torch.optim.AdamW(adapter.parameters(), 1e-5, weight_decay=0)
 
-and then as examples/own_model.py does. The same file runs, unchanged, on Self-Forcing at commit
-33593df and on Causal-Forcing (github.com/thu-ml/Causal-Forcing) at 1fc7bbc; both were checked as
-above. Not supported: a rolling window (local_attn_size).
+and then as examples/own_model.py does. This file was checked as above, unchanged, on the code of
+Self-Forcing (commit 33593df), thu-ml/Causal-Forcing (1fc7bbc), NVlabs/LongLive 1 (branch v1.0,
+e52d9ef) and franklinz233/Astrolabe (35a5347). Not supported: a rolling window (local_attn_size).
 """
 
 import sys
