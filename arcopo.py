@@ -1038,11 +1038,12 @@ def flag(name: str) -> str:
 
 
 def parse(arguments: list | None = None, cls: type = Settings, only: set | None = None,
-          description: str = __doc__.split("\n\n")[0]) -> Settings:
+          description: str = __doc__) -> Settings:
     """Command-line arguments, as strings, numbers or paths -> settings, of the class `cls`; with
     --resume the run's, but for what is given anew. only: the settings that a study takes. Raises
     UserError."""
-    parser = Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = Parser(description=description.split("\n\n")[0], argument_default=argparse.SUPPRESS,
+                    allow_abbrev=False)
     numbers = lambda text: tuple(float(part) for part in text.split(","))
     for f in fields(cls):
         if only is None or f.name in only:
@@ -1243,16 +1244,21 @@ def exit_code(error: BaseException, folder: str = "") -> int:
     return code
 
 
-def main(arguments: list | None = None) -> int:
+def command(body: Callable, arguments: list | None = None, **parsing) -> int:
+    """body(settings) with the settings of parse, which takes `parsing` too -> exit code."""
     folder = ""
     try:
-        settings = parse(arguments)
+        settings = parse(arguments, **parsing)
         if settings.sample:
             return write_sample(settings)
         folder = settings.resume or settings.out or time.strftime("runs/%Y%m%d-%H%M%S")
-        return run(replace(settings, out=folder))
+        return body(replace(settings, out=folder))
     except BaseException as error:
         return exit_code(error, folder)
+
+
+def main(arguments: list | None = None) -> int:
+    return command(run, arguments)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,14 @@ differ in the initial noise of chunk p.
 """
 
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
 
-from arcopo import (Settings, branch_noise, draw_noise, exit_code, fork, load, parse,
-                    sample_batches, seeded, write_csv)
+from arcopo import (Settings, branch_noise, command, draw_noise, fork, load, sample_batches, seeded,
+                    write_csv)
 from reward import BACKGROUND, HELD_OUT_PROMPTS, JUDGE_PROMPTS, judge
 
 USED = set("out base timesteps seed device clip sigma group judge_prompts judge_samples".split())
@@ -77,7 +76,7 @@ def groups(model, reward, settings: Settings, pivot: int) -> dict[str, float]:
 
 
 def study(settings: Settings) -> int:
-    folder = Path(settings.out or time.strftime("runs/base-%Y%m%d-%H%M%S"))
+    folder = Path(settings.out)
     model, reward, _ = load(replace(settings, reward="ta=1,vq=1"))
     folder.mkdir(parents=True, exist_ok=True)
     found = {"clips": errors(model, reward, settings)}
@@ -93,10 +92,7 @@ def study(settings: Settings) -> int:
 
 
 def main(arguments: list | None = None) -> int:
-    try:
-        return study(parse(arguments, only=USED, description=__doc__.split("\n\n")[0]))
-    except BaseException as error:
-        return exit_code(error)
+    return command(study, arguments, only=USED, description=__doc__)
 
 
 if __name__ == "__main__":

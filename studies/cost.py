@@ -15,8 +15,8 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
-from arcopo import (Adapter, Generator, Settings, branch_noise, draw_noise, exit_code, fork, load,
-                    parse, rollout, seeded, update, write_csv)
+from arcopo import (Adapter, Generator, Settings, branch_noise, command, draw_noise, fork, load,
+                    rollout, seeded, update, write_csv)
 from reward import TRAIN_PROMPTS, UserError
 from studies import sde_grpo
 
@@ -106,7 +106,7 @@ class Iteration:
 
 
 def study(settings: Settings) -> int:
-    folder = Path(settings.out or time.strftime("runs/cost-%Y%m%d-%H%M%S"))
+    folder = Path(settings.out)
     model, reward, _ = load(settings)
     if model.flow or len(model.timesteps) < 2:
         raise UserError("--base, --timesteps: SDE-GRPO needs a sampler that adds noise")
@@ -133,10 +133,7 @@ def study(settings: Settings) -> int:
 
 
 def main(arguments: list | None = None) -> int:
-    try:
-        return study(parse(arguments, only=USED, description=__doc__.split("\n\n")[0]))
-    except BaseException as error:
-        return exit_code(error)
+    return command(study, arguments, only=USED, description=__doc__)
 
 
 if __name__ == "__main__":

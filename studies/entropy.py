@@ -6,14 +6,13 @@ in [0, 1], root mean square over prompts and pixels.
 """
 
 import sys
-import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from arcopo import (choose_device, draw_noise, exit_code, fork, load_generator, neighbor_noise,
-                    parse, seeded, write_csv)
+from arcopo import (choose_device, command, draw_noise, fork, load_generator, neighbor_noise,
+                    seeded, write_csv)
 from reward import HELD_OUT_PROMPTS
 
 USED = {"out", "base", "timesteps", "seed", "device"}
@@ -21,7 +20,7 @@ GROUP = 4
 
 
 def study(settings) -> int:
-    folder = Path(settings.out or time.strftime("runs/entropy-%Y%m%d-%H%M%S"))
+    folder = Path(settings.out)
     model = load_generator(settings.base, choose_device(settings.device), settings.timesteps)
     folder.mkdir(parents=True, exist_ok=True)
     solver_steps = draw_noise(model, 1, seeded(0)).solver.shape[2]
@@ -51,10 +50,7 @@ def study(settings) -> int:
 
 
 def main(arguments: list | None = None) -> int:
-    try:
-        return study(parse(arguments, only=USED, description=__doc__.split("\n\n")[0]))
-    except BaseException as error:
-        return exit_code(error)
+    return command(study, arguments, only=USED, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,10 @@ sweep, beside the merged models, and appends these rows to judged.csv.
 """
 
 import sys
-import time
 from pathlib import Path
 
-from arcopo import (Adapter, Settings, exit_code, judge_models, judged_rows, load, merge_adapters,
-                    parse, read_record, run, write_csv)
+from arcopo import (Adapter, Settings, command, judge_models, judged_rows, load, merge_adapters,
+                    read_record, run, write_csv)
 
 
 def study(settings: Settings) -> int:
@@ -24,14 +23,7 @@ def study(settings: Settings) -> int:
 
 
 def main(arguments: list | None = None) -> int:
-    folder = ""
-    try:
-        settings = parse(arguments, description=__doc__.split("\n\n")[0])
-        folder = settings.resume or settings.out or time.strftime("runs/merging-%H%M%S")
-        settings.out = folder
-        return study(settings)
-    except BaseException as error:
-        return exit_code(error, folder)
+    return command(study, arguments, description=__doc__)
 
 
 if __name__ == "__main__":

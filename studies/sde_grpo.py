@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from arcopo import (Adapter, Fork, Generator, Method, Noise, Settings, average_, check_numbers,
-                    clipped_objective, draw_noise, exit_code, fork, group_advantages, judge_models,
-                    judged_rows, load_generator, metrics, neighbor_noise, option, parse, replay,
+                    clipped_objective, command, draw_noise, fork, group_advantages, judge_models,
+                    judged_rows, load_generator, metrics, neighbor_noise, option, replay,
                     reward_metrics, rewarded, start, train, write_report)
 from reward import TRAIN_PROMPTS, UserError
 
@@ -130,13 +130,7 @@ def run(settings: SdeSettings) -> int:
 
 
 def main(arguments: list | None = None) -> int:
-    folder = ""
-    try:
-        settings = parse(arguments, SdeSettings, USED, __doc__.split("\n\n")[0])
-        settings.out = folder = settings.resume or settings.out or time.strftime("runs/sde-%H%M%S")
-        return run(settings)
-    except BaseException as error:
-        return exit_code(error, folder)
+    return command(run, arguments, cls=SdeSettings, only=USED, description=__doc__)
 
 
 if __name__ == "__main__":
