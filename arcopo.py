@@ -641,9 +641,12 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
 
 def rewarded(branches: Fork, clips: Tensor, reward: Callable) -> dict[str, Tensor]:
     """The scores [P, G] of the branches' clips [P, G, ...]. A branch that is not finite is scored
-    NaN, so that its advantage and its terms as an anchor are 0, and its tensors are made finite."""
+    NaN, so that its advantage and its terms as an anchor are 0, and its tensors are made finite.
+    Raises TypeError if the reward returns anything but {"reward": [N], ...}."""
     P, G = clips.shape[:2]
     scores = reward(clips.flatten(0, 1), [p for p in branches.prompts for _ in range(G)])
+    if not isinstance(scores, dict) or not isinstance(scores.get("reward"), Tensor):
+        raise TypeError(f"the reward returned {type(scores).__name__}; expected {{'reward': [N]}}")
     finite = branches.candidates.isfinite().transpose(1, 2).flatten(2).all(2)
     finite &= clips.isfinite().flatten(2).all(2).to(finite.device)
     branches.states.nan_to_num_(0, 0, 0)
@@ -1250,9 +1253,12 @@ def command(body: Callable, arguments: list | None = None, **parsing) -> int:
     try:
         settings = parse(arguments, **parsing)
         if settings.sample:
-            return write_sample(settings)
-        folder = settings.resume or settings.out or time.strftime("runs/%Y%m%d-%H%M%S")
-        return body(replace(settings, out=folder))
+            code = write_sample(settings)
+        else:
+            folder = settings.resume or settings.out or time.strftime("runs/%Y%m%d-%H%M%S")
+            code = body(replace(settings, out=folder))
+        sys.stdout.flush()              # here, a closed pipe is still caught
+        return code
     except BaseException as error:
         return exit_code(error, folder)
 

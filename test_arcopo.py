@@ -1,7 +1,6 @@
 """pytest: tests by equivalence; no network, no GPU (tests that need one skip themselves)."""
 
 import copy
-import csv
 import json
 import math
 import os
@@ -43,16 +42,20 @@ from examples import rewards
 from studies import base as base_study
 from studies import (claims, cost, durations, entropy, merging, pretrain, sde_grpo, tables,
                      train_clip)
+from studies.claims import read
 
 HERE = Path(arcopo.__file__).resolve().parent
 torch.set_num_threads(1)                # faster for models this small
 PROMPTS = TRAIN_PROMPTS[:3]
 SMALL = {"group": 4, "anchors": 2, "prompts": 2, "clip_range": 1e-2}
+tiny_method = partial(Method, **SMALL)
+tiny_settings = partial(Settings, **SMALL, rank=4, alpha=4.0)
 
 
-def tiny(seed: int = 0, flow: bool = False) -> Generator:
-    torch.manual_seed(seed)
-    model = Generator(32, 2, 2, (1.0, 0.6, 0.33, 0.14), flow).requires_grad_(False)
+def tiny(flow: bool = False, width: int = 32, layers: int = 2,
+         timesteps: tuple = (1.0, 0.6, 0.33, 0.14)) -> Generator:
+    torch.manual_seed(0)
+    model = Generator(width, layers, 2, timesteps, flow).requires_grad_(False)
     nn.init.normal_(model.head.weight, std=0.1)
     nn.init.normal_(model.patch.weight, std=0.2)    # so that the noise decides too
     return model
@@ -64,23 +67,16 @@ def nonzero(adapter: Adapter, seed: int = 1) -> Adapter:
     return adapter
 
 
-def new_adapter(model: nn.Module, seed: int = 0) -> Adapter:
-    return Adapter.new(model, 4, 4.0, seeded(seed))
+def new_adapter(model: nn.Module) -> Adapter:
+    return Adapter.new(model, 4, 4.0, seeded(0))
 
 
-def forked(model: nn.Module, pivot: int, sigma: float = 0.5, micro: int = 0) -> tuple[Fork, Tensor]:
-    """4 neighbours of the pivot's initial noise, for PROMPTS; the solver noise is shared."""
-    noise = draw_noise(model, len(PROMPTS), seeded(0))
-    own = branch_noise(noise, pivot, sigma, 4, seeded(0, 1))
-    return fork(model, PROMPTS, pivot, noise, *own, micro)
-
-
-def tiny_method(**changes) -> Method:
-    return Method(**(SMALL | changes))
-
-
-def tiny_settings(**changes) -> Settings:
-    return Settings(**(SMALL | {"rank": 4, "alpha": 4.0} | changes))
+def forked(model: nn.Module, pivot: int, micro: int = 0,
+           prompts: list[str] = PROMPTS) -> tuple[Fork, Tensor]:
+    """4 neighbours of the pivot's initial noise; the solver noise is shared."""
+    noise = draw_noise(model, len(prompts), seeded(0))
+    own = branch_noise(noise, pivot, 0.5, 4, seeded(0, 1))
+    return fork(model, prompts, pivot, noise, *own, micro)
 
 
 def brightness(clips: Tensor, prompts: list[str]) -> dict[str, Tensor]:
@@ -115,8 +111,8 @@ def test_judge_is_near_perfect_on_the_sharp_world_and_low_on_any_other():
     triples = reward.attributes(TRAIN_PROMPTS).tolist()
     wrong = [reward.prompt_of((c + 1) % 6, (s + 1) % 4, (m + 1) % 5) for c, s, m in triples]
     clips = make_clips(TRAIN_PROMPTS, seeded(0), "sharp")
-    sharp, low = judge(clips, TRAIN_PROMPTS), judge(clips, wrong)
-    assert sharp["all_right"].mean() > 0.99 > 0.02 > low["text"].mean()
+    sharp = judge(clips, TRAIN_PROMPTS)
+    assert sharp["all_right"].mean() > 0.99 and judge(clips, wrong)["text"].mean() < 0.02
     assert sharp["visual"].min() > 0.9 and sharp["motion_quality"].min() > 0.85
     for quality, visual, motion in (("blurry", 0.8, 1), ("noisy", 0.3, 0.7), ("dim", 0.55, 1),
                                     ("flickering", 0.7, 0.55)):
@@ -181,6 +177,9 @@ def test_weighted_reward_puts_the_components_on_one_scale():
 
 def test_a_reward_that_fails_is_constant_or_returns_something_else_is_named():
     for value, says in ((lambda: None, "returned NoneType"),
+                        (lambda: {"my": torch.zeros(3)}, "returned dict"),
+                        (lambda: (torch.zeros(3), {}), "returned tuple"),
+                        (lambda: [1, 2], "returned a tensor of shape (2,) for 3"),
                         (lambda: torch.zeros(3, 1), "returned a tensor of shape (3, 1) for 3"),
                         (lambda: torch.full((3,), 0.1), "is the same number for all"),
                         (lambda: torch.full((3,), math.nan), "is the same number for all"),
@@ -188,6 +187,8 @@ def test_a_reward_that_fails_is_constant_or_returns_something_else_is_named():
         bad = WeightedReward({"my:f": lambda clips, prompts: value()}, {"my:f": 1.0})
         with pytest.raises(UserError, match=re.escape(f"--reward my:f: {says}")):
             bad.measure_scales(torch.zeros(3, 1), PROMPTS)
+    good = WeightedReward({"my:f": lambda clips, prompts: [1, 2, 3]}, {"my:f": 1.0})
+    assert good.measure_scales(torch.zeros(3, 1), PROMPTS) == {"my:f": (2, 1)}
 
 
 # ------------------------------------------------------------------ generator, fork, sampler
@@ -287,6 +288,11 @@ def test_explore_forks_random_prompts_and_pivots_by_neighbours_of_the_initial_no
         assert torch.equal(found["reward"].flatten(), brightness(*seen[-1])["reward"])
         places |= {branches.prefix.shape[1], *branches.prompts}
     assert places == {0, 1, 2, 3, *PROMPTS}
+    with pytest.raises(ValueError, match="prompts 4: must be at most 3"):
+        explore(model, tiny_method(prompts=4), PROMPTS, brightness, seeded(0))
+    for returned, says in ((None, "NoneType"), ([0.5], "list"), (({"reward": 1}, {}), "tuple")):
+        with pytest.raises(TypeError, match=f"the reward returned {says}; expected"):
+            explore(model, tiny_method(), PROMPTS, lambda *a, x=returned: x, seeded(0))
 
 
 @pytest.mark.parametrize("flow", [False, True])
@@ -389,14 +395,19 @@ def trainer(model: nn.Module, adapter: Adapter, buffer=None, prompts=TRAIN_PROMP
     return lambda step: iterate_buffered(*parts, buffer, seeded(0, step))
 
 
-def gradient(model: nn.Module, adapter: Adapter, branches: Fork, rewards: Tensor,
-             buffered: bool = False, **changes) -> list[Tensor]:
-    """Of one update."""
-    optimizer = torch.optim.SGD(adapter.parameters(), 0.0)
-    method = tiny_method(**{"updates": 1, "clip_range": math.inf} | changes)
-    row = update(model, adapter, optimizer, branches, rewards, method, seeded(1), buffered)
+def updated(model: nn.Module, adapter: Adapter, branches: Fork, rewards: Tensor,
+            buffered: bool = False, lr: float = 0.0, **changes) -> dict[str, Tensor]:
+    """The row of an update."""
+    optimizer = torch.optim.SGD(adapter.parameters(), lr)
+    method = tiny_method(**changes)
+    return update(model, adapter, optimizer, branches, rewards, method, seeded(1), buffered)
+
+
+def gradient(*parts, clip_range: float = math.inf, **changes) -> list[Tensor]:
+    """Of one update of these parts: model, adapter, branches, rewards."""
+    row = updated(*parts, updates=1, clip_range=clip_range, **changes)
     assert row["skipped"] == 0
-    return [p.grad.clone() for p in adapter.parameters()]
+    return [p.grad.clone() for p in parts[1].parameters()]
 
 
 def near(a: list[Tensor], b: list[Tensor], tolerance: float = 1e-4) -> bool:
@@ -409,12 +420,6 @@ def of_prompts(branches: Fork, rows: list[int]) -> Fork:
     context = (x[rows] if isinstance(x, Tensor) else x for x in branches.context)
     return Fork([branches.prompts[i] for i in rows], branches.prefix[rows],
                 type(branches.context)(*context), branches.states[rows], branches.candidates[rows])
-
-
-def test_cuda_computes_in_true_float32_and_deterministically():
-    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
-    assert torch.backends.cudnn.deterministic is True
-    assert torch.backends.cuda.matmul.fp32_precision != "tf32"      # torch's default
 
 
 @pytest.mark.parametrize("flow", [False, True])
@@ -431,26 +436,10 @@ def test_replay_is_the_rollout_and_the_first_ratio_is_exactly_one(flow):
     assert torch.allclose(replayed, branches.candidates[:, step, anchor], atol=1e-5)
     rows = []
     for replaying, tau, lr in ((other, 0.03, 0), (model, 1e-4, 0), (model, 0.03, 0.1)):
-        optimizer, method = torch.optim.SGD(adapter.parameters(), lr), tiny_method(tau=tau)
-        rows.append(update(replaying, adapter, optimizer, branches, rewards, method, seeded(1)))
+        rows.append(updated(replaying, adapter, branches, rewards, lr=lr, tau=tau))
         assert rows[-1]["ratio_first"] == 1 and rows[-1]["skipped"] == 0
     assert rows[2]["clip_fraction"] > 0 and rows[2]["replay_error"] < 1e-4
     assert rows[0]["replay_error"] > 30 * rows[2]["replay_error"]
-
-
-@pytest.mark.parametrize("buffered", [False, True])
-def test_training_changes_only_the_adapter(buffered):
-    model, start, clips = tiny(), new_adapter(tiny()), []
-    before, adapter = copy.deepcopy(model.state_dict()), new_adapter(model)
-    noise = draw_noise(model, 3, seeded(0))
-    row = trainer(model, adapter, buffer=tiny_buffer(model) if buffered else None, updates=1)(0)
-    assert row["skipped"] == 0 and row["ratio_first"] == 1      # B = 0: π_θ is the reference too
-    for own in (nullcontext(), start.on(model), adapter.on(model)):
-        with own:
-            clips.append(sample(model, PROMPTS, noise))
-    assert torch.equal(clips[0], clips[1]) and not torch.equal(clips[0], clips[2])
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
 
 
 # ------------------------------------------------------------------ buffer, merging, not finite
@@ -504,17 +493,6 @@ def test_the_rule_that_chooses_s(scores, s):
     assert choose_strength(scores, (0.0, 0.5)) == s
 
 
-def test_merging_two_adapters_equals_applying_both(tmp_path):
-    model, noise = tiny(), draw_noise(tiny(), 3, seeded(0))
-    a = nonzero(Adapter.new(model, 4, 8.0, seeded(1)), 1)
-    b = nonzero(Adapter.new(model, 2, 1.0, seeded(2)), 2)
-    with a.on(model), Adapter(b.weights, 0.6 * b.alpha).on(model):
-        both = sample(model, PROMPTS, noise)
-    merge_adapters((a, 1.0), (b, 0.6)).save(tmp_path / "merged", model)
-    with Adapter.load(tmp_path / "merged", model).on(model):
-        assert torch.allclose(sample(model, PROMPTS, noise), both, atol=1e-5)
-
-
 def test_hooks_and_merged_weights_are_the_same_adapter_and_undone_exactly():
     """W + (α/r) B A by hand, to rounding; also nested and after an exception."""
     model, changed = tiny(), tiny()
@@ -534,8 +512,8 @@ def test_hooks_and_merged_weights_are_the_same_adapter_and_undone_exactly():
             one = predict()
             with b.on(model):
                 assert torch.allclose(predict(), by_hand[2], atol=1e-5)
-            with pytest.raises(RuntimeError, match="on already"), a.on(model):
-                pass
+            with pytest.raises(RuntimeError, match="on already"):
+                trainer(model, a)(0)
             assert torch.equal(model.head(input=features), model.head(features))
             assert torch.equal(predict(), one) and torch.allclose(one, by_hand[1], atol=1e-5)
             raise KeyError
@@ -702,22 +680,28 @@ class Other(nn.Module):
         return latents
 
 
-@pytest.mark.parametrize("shape, flow, dtype", [
-    ((6,), True, torch.float32), ((3, 16, 2, 2), False, torch.bfloat16),
-    ((2, 3, 2, 2, 2), True, torch.float32)], ids=str)
-def test_the_core_runs_on_another_generator_of_any_latent_shape(shape, flow, dtype):
-    model, texts = Other(shape, flow), ["one", "two", "three", "four"]
-    model.predict = lambda *inputs: Other.predict(model, *inputs).to(dtype)
-    before, noise = copy.deepcopy(model.state_dict()), draw_noise(model, 4, seeded(0))
-    buffer = collect_buffer(model, tiny_method(prompts=3), texts, brightness, 5, 0)
-    for own in (None, buffer):
-        adapter = nonzero(new_adapter(model))
-        row = trainer(model, adapter, buffer=own, prompts=texts)(1)
-        assert row["skipped"] == 0 and row["grad_norm"] > 0 and (own or row["ratio_first"] == 1)
-        with adapter.on(model):
-            assert sample(model, texts, noise).shape == (4, 3, *shape)
+@pytest.mark.parametrize("model, dtype", [
+    (tiny(), torch.float32), (Other((6,), True), torch.float32), (Other(), torch.bfloat16),
+    (Other((2, 3, 2, 2, 2), True), torch.float32)])
+def test_training_changes_only_the_adapter_of_any_generator(model, dtype):
+    """Predictions may have any dtype. B = 0 at first, so that π_θ is the reference too."""
+    predict = model.predict
+    model.predict = lambda *inputs: predict(*inputs).to(dtype)
+    prompts, noise = TRAIN_PROMPTS[:4], draw_noise(model, 4, seeded(0))
+    plain, before = sample(model, prompts, noise), copy.deepcopy(model.state_dict())
+    buffer = collect_buffer(model, tiny_method(prompts=3), prompts, brightness, 5, 0)
     assert len(buffer) == 5 and forked(model, 1)[0].candidates.dtype == torch.float32
+    for own in (None, buffer):
+        adapter = new_adapter(model)
+        with torch.no_grad(), adapter.on(model):
+            assert torch.equal(sample(model, prompts, noise), plain)
+        row = trainer(model, adapter, buffer=own, prompts=prompts, updates=1)(1)
+        assert row["skipped"] == 0 and row["ratio_first"] == 1 and row["grad_norm"] > 0
+        with torch.no_grad(), adapter.on(model):
+            assert not torch.equal(sample(model, prompts, noise), plain)
+        assert torch.equal(sample(model, prompts, noise), plain)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("model, buffered", [
@@ -725,7 +709,6 @@ def test_the_core_runs_on_another_generator_of_any_latent_shape(shape, flow, dty
     (Other((2, 3, 2, 2, 2)), False)])
 def test_an_update_is_the_plain_loop_over_prompts_steps_and_anchors(model, buffered):
     """One π_θ(i | s_t) at a time. Buffered: π_old is the base, so the clip leaves terms out."""
-    method = tiny_method(updates=1, tau=0.02, quasi_norm=0.8, floor=0.5)
     branches, rewards = forked(model, 1)[0], torch.randn(3, 4, generator=seeded(2))
     adapter, times = nonzero(new_adapter(model)), (*model.timesteps, 0.0)
 
@@ -745,20 +728,22 @@ def test_an_update_is_the_plain_loop_over_prompts_steps_and_anchors(model, buffe
     ratio = (log_pi - (base if buffered else log_pi.detach())).exp()
     J = torch.minimum(ratio * A, ratio.clamp(0.99, 1.01) * A).mean()
     gradients = torch.autograd.grad(J, adapter.parameters())
-    row = update(model, adapter, torch.optim.SGD(adapter.parameters(), 0.0), branches, rewards,
-                 method, seeded(1), buffered)
+    row = updated(model, adapter, branches, rewards, buffered, updates=1, tau=0.02, quasi_norm=0.8,
+                  floor=0.5)
     for p, expected in zip(adapter.parameters(), gradients):        # descent on -J
         assert torch.allclose(-p.grad, expected, rtol=1e-2, atol=1e-3 * expected.abs().max())
     assert (row["ratio_first"] == 1) != buffered and (row["clip_fraction"] > 0.1) == buffered
 
 
 @pytest.mark.parametrize("model, buffered", [(Other(), False), (tiny(), True)])
-def test_slices_change_nothing_but_the_memory(model, buffered):
+def test_slices_and_checkpointing_change_nothing_but_the_memory(model, buffered):
     """micro rows at a time: the same clips and gradient, to rounding."""
     found, largest, rewards = [], [], torch.randn(3, 4, generator=seeded(2))
     model.register_forward_pre_hook(lambda module, inputs: largest.append(len(inputs[0])))
-    adapter = nonzero(new_adapter(model))
-    for micro in (0, 7, 15):        # of 15, the slices are not equal
+    adapter, plain = nonzero(new_adapter(model)), model.forward
+    saving = partial(checkpoint, plain, use_reentrant=False)
+    for micro, forward in ((0, plain), (7, plain), (15, plain), (0, saving)):
+        model.forward = forward
         branches, clips = forked(model, 1, micro=micro)
         slope = gradient(model, adapter, branches, rewards, buffered, micro=micro)
         found.append((clips, slope))
@@ -767,16 +752,6 @@ def test_slices_change_nothing_but_the_memory(model, buffered):
     for clips, slope in found[1:]:
         assert torch.allclose(clips, found[0][0], rtol=1e-3, atol=1e-5)
         assert near(slope, found[0][1])
-
-
-def test_gradient_checkpointing_gives_the_same_gradient():
-    model, found = Other(), []
-    for forward in (model.forward, partial(checkpoint, model.forward, use_reentrant=False)):
-        model.forward, adapter = forward, nonzero(new_adapter(model))
-        with adapter.on(model):
-            branches, clips = forked(model, 1)
-        found.append(gradient(model, adapter, branches, clips.flatten(2).mean(2), floor=1e-6))
-    assert near(*found)
 
 
 def test_lora_is_in_float32_beside_bfloat16_weights():
@@ -816,18 +791,20 @@ def test_lora_goes_on_the_layers_named_and_one_that_is_never_called_is_told():
         trainer(model, new_adapter(model))(0)
 
 
-def test_adapters_are_files_that_peft_loads(tmp_path):
-    """With peft installed (pip install peft): PeftModel gives the output that `on` gives."""
+def test_merged_adapters_equal_both_applied_also_from_the_file_and_in_peft(tmp_path):
+    """Peft is optional (pip install peft)."""
     model = tiny()
-    new = lambda rank, seed: nonzero(Adapter.new(model, rank, 6.0, seeded(seed), r"blocks.*|head"))
-    adapter = merge_adapters((new(4, 0), 0.7), (new(3, 1), 1.0))
-    adapter.save(tmp_path, model)
-    peft = pytest.importorskip("peft")
+    a = nonzero(Adapter.new(model, 4, 6.0, seeded(1), r"blocks.*|head"), 1)
+    b = nonzero(Adapter.new(model, 3, 1.0, seeded(2), r"blocks.*|head"), 2)
     x, context = torch.randn(3, *model.chunk_shape), model.begin(PROMPTS)
-    with adapter.on(model):
+    with a.on(model), Adapter(b.weights, 0.6 * b.alpha).on(model):
         expected = model.predict(x, 0.5, context)
     assert not torch.allclose(model.predict(x, 0.5, context), expected, atol=1e-3)
-    theirs = peft.PeftModel.from_pretrained(model, tmp_path).base_model.model
+    merge_adapters((a, 1.0), (b, 0.6)).save(tmp_path / "merged", model)
+    with Adapter.load(tmp_path / "merged", model).on(model):
+        assert torch.allclose(model.predict(x, 0.5, context), expected, atol=1e-5)
+    peft = pytest.importorskip("peft")
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "merged").base_model.model
     assert torch.allclose(theirs.predict(x, 0.5, context), expected, atol=1e-5)
 
 
@@ -967,6 +944,9 @@ LEFT = {"settings.json", "judged.csv", "models.gif", "report.md"}       # by eac
 IMPORTING = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}    # this file, by name
 
 
+little = partial(tiny, width=16, layers=1, timesteps=(1.0, 0.4))
+
+
 class Crash(BaseException):
     """What kill -9 is to a process."""
 
@@ -986,29 +966,13 @@ def save_base(file: Path, model: Generator, **changes) -> Path:
     return file
 
 
-def little(flow: bool = False) -> Generator:
-    torch.manual_seed(0)
-    model = Generator(16, 1, 2, (1.0, 0.4), flow).requires_grad_(False)
-    nn.init.normal_(model.head.weight, std=0.1)
-    return model
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     return save_base(tmp_path_factory.mktemp("base") / "base.safetensors", little())
 
 
 def hurry(patch: pytest.MonkeyPatch) -> None:
-    """Two prompts are judged and no GIF is drawn: enough where training counts."""
-    plain = arcopo.judge_models
-
-    def judged(*a) -> tuple[dict, dict]:
-        clips, scores = plain(*a)               # as many as the pictures show:
-        return {name: x.repeat(12, 1, 1, 1, 1) for name, x in clips.items()}, scores
-
-    patch.setattr(arcopo, "judge_models", judged)
-    few = {name: prompts[:2] for name, prompts in reward.JUDGE_PROMPTS.items()}
-    patch.setattr(arcopo, "JUDGE_PROMPTS", few)
+    """Few prompts to train on, and no GIF is drawn: enough where training counts."""
     patch.setattr(arcopo, "TRAIN_PROMPTS", TRAIN_PROMPTS[:8])
     patch.setattr(arcopo, "save_gif", lambda blocks, file, **k: Path(file).touch())
 
@@ -1018,11 +982,6 @@ def quick(monkeypatch) -> None:
     """No bars either, so that stderr has the errors alone."""
     hurry(monkeypatch)
     monkeypatch.setattr(arcopo, "progress", partial(arcopo.tqdm, disable=True))
-
-
-def read(file: Path) -> list[dict]:
-    with open(file, newline="", encoding="utf-8") as f:
-        return list(csv.DictReader(f))
 
 
 def left(folder: Path) -> set[str]:
@@ -1085,27 +1044,40 @@ def test_scores_of_a_prompts_clips_and_their_change_from_the_base():
 
 
 def test_clips_are_streamed_with_an_adapter(recipe, base, tmp_path, monkeypatch):
-    adapter, drawn = recipe[0] / "on-policy", []
+    adapter, save_gif = recipe[0] / "on-policy", Mock(wraps=arcopo.save_gif)
     line = ["--sample", PROMPTS[0], "--base", base, "--samples", 2, "--adapter", adapter,
             "--device", "cpu", "--out", tmp_path / "c.gif"]
+    monkeypatch.setattr(arcopo, "save_gif", save_gif)
     assert arcopo.main(line) == 0
     assert iio.imread(tmp_path / "c.gif").shape == (12, 8 * 34, 2 * 8 * 34, 3)
-    monkeypatch.setattr(arcopo, "save_gif", lambda blocks, *a, **k: drawn.append(blocks))
-    assert arcopo.main(line) == 0
     model = arcopo.load_generator(base)
     noise = draw_noise(model, 2, seeded(0, "sampling"))
     with torch.no_grad(), Adapter.load(adapter, model).on(model):
         clips = sample(model, [PROMPTS[0]] * 2, noise)
-    assert torch.equal(drawn[0][0][0], clips)
+    blocks = save_gif.call_args.args[0]
+    assert torch.equal(blocks[0][0], clips)
     assert not torch.equal(clips, sample(model, [PROMPTS[0]] * 2, noise))
+
+
+SPOILS = """
+class Spoils:
+    model = None
+
+    def __call__(self, clips, prompts):
+        from neighbour import mean
+        value = mean(clips)
+        clips.zero_()
+        prompts.clear()
+        return value
+
+spoils = Spoils()
+"""
 
 
 def test_a_reward_of_ones_own_is_in_every_table(tmp_path, base, quick, monkeypatch):
     """Of a module in the current folder that imports its neighbour and writes into its inputs."""
     (tmp_path / "neighbour.py").write_text("def mean(clips): return clips[:, :, 2].mean((1, 2, 3))")
-    (tmp_path / "my_rewards.py").write_text(
-        "def spoils(clips, prompts):\n    from neighbour import mean\n    value = mean(clips)\n"
-        "    clips.zero_()\n    prompts.clear()\n    return value\n")
+    (tmp_path / "my_rewards.py").write_text(SPOILS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])
     mine, own = "my_rewards:spoils", f"{__name__}:blue"
@@ -1138,12 +1110,11 @@ def killed(main: Callable, line: list, place, name: str, call: int, after: bool 
 
     def deadly(*a, **k):
         calls.append(1)
-        if len(calls) == call and not after:
-            raise Crash
-        result = plain(*a, **k)
-        if len(calls) == call:
-            raise Crash
-        return result
+        if len(calls) < call:
+            return plain(*a, **k)
+        if after:
+            plain(*a, **k)
+        raise Crash
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
         patch.setattr(place, name, deadly)
@@ -1174,15 +1145,53 @@ def test_a_run_can_be_extended(tmp_path, base, whole, quick):
     assert ending(out) == whole["recipe"]
 
 
-def started(base: Path, out: Path, *more) -> Path:
+def test_a_reward_that_fails_once_costs_one_iteration(tmp_path, base, whole, quick, monkeypatch):
+    calls, plain, out = [], blue, tmp_path / "run"
+
+    def failing(clips: Tensor, prompts: list[str]) -> Tensor:
+        calls.append(1)
+        if len(calls) == 4:         # the base's clips, the judging at step 0, iterations 1 and 2
+            raise RuntimeError("no connection")
+        return plain(clips, prompts)
+
+    monkeypatch.setattr(sys.modules[__name__], "blue", failing)
+    assert arcopo.main([*ON, "--steps", 3, "--base", base, "--out", out]) == 2
+    saved = torch.load(out / "on-policy.checkpoint.pt", weights_only=True)
+    assert len(saved["rows"]) == 1
+    assert arcopo.main(["--resume", out]) == 0
+    assert ending(out) == whole["on-policy"]
+
+
+def test_tables_are_appended_to(tmp_path, base, quick, monkeypatch):
+    """Rows that an iteration deletes are not written again."""
+    plain, table = arcopo.iterate, tmp_path / "run" / "on-policy.csv"
+
+    def deleting(*a, **k) -> dict:
+        table.write_text("")
+        return plain(*a, **k)
+
+    monkeypatch.setattr(arcopo, "iterate", deleting)
+    assert arcopo.main([*ON, "--steps", 3, "--base", base, "--out", table.parent]) == 0
+    assert [row["step"] for row in read(table)] == ["3"]
+
+
+def started(base: Path, out: Path) -> Path:
     """A run of one training that died in its second iteration."""
-    line = [*ON, "--steps", 2, "--base", base, "--out", out, *more]
-    killed(arcopo.main, line, arcopo, "iterate", 2)
+    killed(arcopo.main, [*ON, "--steps", 2, "--base", base, "--out", out], arcopo, "iterate", 2)
     return out
 
 
 def content(folder: Path) -> dict:
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def refused(line: list, says: str, capsys) -> bool:
+    """Whether main(line) ends with exit code 2 and one line on stderr."""
+    capsys.readouterr()
+    code = arcopo.main(line)
+    out, error = capsys.readouterr()
+    assert error.startswith("arcopo: ") and error.count("\n") == 1 and says in error and not out
+    return code == 2
 
 
 def test_resume_takes_other_settings_of_the_machine(tmp_path, base, quick, monkeypatch):
@@ -1198,19 +1207,13 @@ def test_resume_takes_other_settings_of_the_machine(tmp_path, base, quick, monke
 
 def test_resume_refuses_what_would_be_another_run(tmp_path, base, quick, capsys):
     out = started(base, tmp_path / "run")
-    others = {"lr": 0.1, "group": 4, "reward": "ta=1", "method": "semi", "base": tmp_path,
-              "steps": 0}
-    lines = [(["--resume", out, f"--{name}", value], f"--{name} ")
-             for name, value in others.items()]
-    lines += [([*ON, "--base", base, "--out", out], f"--out {out}"),
-              (["--resume", tmp_path], f"--resume {tmp_path}")]
     before = content(out)
-    for line, says in lines:
-        capsys.readouterr()
-        assert arcopo.main(line) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("arcopo: ") and error.count("\n") == 1
-        assert says in error and before == content(out)
+    for line in ("--lr 0.1", "--group 4", "--reward ta=1", "--method semi", "--base other",
+                 "--steps 0"):
+        assert refused(["--resume", out, *line.split()], line.split()[0], capsys)
+    assert refused([*ON, "--base", base, "--out", out], f"--out {out}", capsys)
+    assert refused(["--resume", tmp_path], f"--resume {tmp_path}", capsys)
+    assert content(out) == before
 
 
 def test_a_run_that_is_killed_by_a_signal_resumes(tmp_path, base, quick):
@@ -1235,14 +1238,12 @@ def test_a_run_that_is_killed_by_a_signal_resumes(tmp_path, base, quick):
 def share_of_an_update(part: slice, broken: bool = False) -> list[Tensor]:
     """Parameters after two updates on these of four groups; broken: the last one overflows."""
     model = tiny()
-    noise = draw_noise(model, 4, seeded(0))
-    own = branch_noise(noise, 1, 0.5, 4, seeded(1))
-    branches, _ = fork(model, TRAIN_PROMPTS[:4], 1, noise, *own)
+    branches, _ = forked(model, 1, prompts=TRAIN_PROMPTS[:4])
     if broken:
         branches.candidates[-1] = 1e30
     rewards, adapter = torch.randn(4, 4, generator=seeded(2)), nonzero(new_adapter(model))
-    row = update(model, adapter, torch.optim.SGD(adapter.parameters(), 1.0),
-                 of_prompts(branches, [*range(4)[part]]), rewards[part], tiny_method(), seeded(4))
+    branches = of_prompts(branches, [*range(4)[part]])
+    row = updated(model, adapter, branches, rewards[part], lr=1.0)
     assert row["skipped"] == 2 * broken
     return [p.detach() for p in adapter.parameters()]
 
@@ -1263,7 +1264,7 @@ def one_of_two_processes(folder: Path, base: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_are_one_with_the_groups_of_both(tmp_path, base):
+def test_two_processes_are_one_with_the_groups_of_both(tmp_path, base, capsys):
     """A gradient that is not finite on one skips the update on both; one writes."""
     (tmp_path / "worker.py").write_text(
         f"import sys; from pathlib import Path; import {__name__} as tests; "
@@ -1285,6 +1286,7 @@ def test_two_processes_are_one_with_the_groups_of_both(tmp_path, base):
     assert whole == ending(tmp_path / "killed") and len(whole["on-policy.csv"]) == 2
     assert {float(row["ratio_first"]) for row in whole["on-policy.csv"]} == {1.0}
     assert done.stdout.count("Run folder") == 2             # of one process, in two runs
+    assert refused(["--resume", tmp_path / "whole"], "as many processes as before, 2", capsys)
 
 
 def test_a_buffered_method_runs_alone_also_with_a_flow_model(tmp_path, quick):
@@ -1308,19 +1310,24 @@ def test_the_report_says_if_the_choice_is_worse_than_the_base(change, tmp_path, 
     assert max(map(len, report.splitlines())) <= 100 and "Δ judge" in report
 
 
-def test_a_run_that_is_not_finite_says_so(tmp_path, base, quick, monkeypatch, capsys):
+@pytest.mark.parametrize("change, says", [
+    (lambda x: 0 * x, "nothing was learned"), (lambda x: math.nan * x, "nothing was learned"),
+    (lambda x: x.index_fill(0, torch.tensor(0), math.nan), "not finite")])
+def test_rewards_that_never_vary_or_are_not_finite_are_told(change, says, tmp_path, base, quick,
+                                                            monkeypatch, capsys):
     plain = WeightedReward.__call__
     monkeypatch.setattr(WeightedReward, "__call__", lambda *a: {
-        name: x * math.nan for name, x in plain(*a).items()})
+        name: change(x) for name, x in plain(*a).items()})
     assert arcopo.main([*ON, "--steps", 1, "--base", base, "--out", tmp_path / "run"]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("arcopo: nothing was learned")
+    assert capsys.readouterr().err.startswith(f"arcopo: {says}")
     assert (tmp_path / "run" / "report.md").exists()
 
 
 @pytest.mark.parametrize("error, code, says", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), 2, "--micro"),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), 2, "out of memory ("),
+    (RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"), 2, "--micro"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "--micro"),
     (KeyboardInterrupt(), 130, "interrupted")])
 def test_too_little_memory_and_ctrl_c_are_one_line(error, code, says, tmp_path, base, quick,
                                                    monkeypatch, capsys):
@@ -1332,10 +1339,14 @@ def test_too_little_memory_and_ctrl_c_are_one_line(error, code, says, tmp_path, 
     assert line.endswith(f"; continue with --resume {out}")
 
 
-def test_a_stdout_that_was_closed_is_no_error(monkeypatch, capsys):
-    """As by `| head`: the report is printed last."""
-    monkeypatch.setattr(sys, "stdout", sys.stdout)
-    assert arcopo.exit_code(BrokenPipeError(), "runs/some") == 0
+def test_a_stdout_that_was_closed_is_no_error(tmp_path, base, monkeypatch, capsys):
+    """As by `| head`: what is left is flushed when Python ends."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(sys, "stdout", open(writing, "w"))
+    line = ["--sample", PROMPTS[0], "--base", base, "--device", "cpu", "--out", tmp_path / "c.gif"]
+    assert arcopo.main(line) == 0
+    sys.stdout.flush()
     assert not capsys.readouterr().err
 
 
@@ -1364,10 +1375,7 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(line, says, tmp_p
     if "--sample" not in line and "--clip" not in line:     # without CLIP, which is slow to load
         line += [] if "--reward" in line else BLUE
         line += [] if "--method" in line else ["--buffer-reward", BLUE[1], "--anchors", 2]
-    assert arcopo.main(line) == 2
-    out, error = capsys.readouterr()
-    assert error.startswith("arcopo: ") and error.count("\n") == 1 and says in error and not out
-    assert content(tmp_path) == before
+    assert refused(line, says, capsys) and content(tmp_path) == before
 
 
 def test_weights_never_load_through_pickle(tmp_path):
@@ -1385,15 +1393,12 @@ def test_weights_never_load_through_pickle(tmp_path):
 
 # ------------------------------------------------------------------ sources, help and README
 
-def sources(*patterns: str) -> list[Path]:
-    files = [file for part in ("", "studies/", "examples/") for pattern in patterns
-             for file in HERE.glob(part + pattern)]
-    assert len(files) > 1
-    return files
+def sources(end: str) -> list[Path]:
+    return [file for folder in (".", "studies", "examples") for file in (HERE / folder).glob(end)]
 
 
 def test_lines_fit_100_columns():
-    for file in sources("*.py", "*.md"):
+    for file in sources("*.py") + sources("*.md"):
         lines = file.read_text(encoding="utf-8").splitlines()
         long = [i + 1 for i, line in enumerate(lines) if len(line) > 100
                 and not (file.suffix == ".md" and line.startswith("|"))]
@@ -1470,8 +1475,7 @@ def test_sde_ascends_the_log_densities_of_its_re_noisings():
         assert torch.allclose(-p.grad, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_a_run_of_the_baseline_writes_its_files_and_resumes(tmp_path, base, quick, monkeypatch):
-    monkeypatch.setattr(sde_grpo, "judge_models", arcopo.judge_models)
+def test_a_run_of_the_baseline_writes_its_files_and_resumes(tmp_path, base, quick):
     line = ["--group", 3, *TINY[4:], *BLUE, "--steps", 2, "--base", base, "--out"]
     assert sde_grpo.main([*line, tmp_path / "whole"]) == 0
     files = {"sde-grpo", "sde-grpo.csv", "sde-grpo-curve.csv"}
@@ -1496,10 +1500,6 @@ def test_entropy_changes_only_where_noise_is_redrawn(tmp_path, base, quick, monk
 def test_the_base_study_counts_errors_and_orders_by_auc(tmp_path, quick, base, monkeypatch):
     one, two = torch.tensor([0.1, 0.9]), torch.tensor([0.5, 0.2])
     assert base_study.auc(one, two) == 0.5 and base_study.auc(one + 1, two) == 1
-    both = torch.stack([one, two])
-    assert base_study.correlation(both, 3 - both) == pytest.approx(-1)
-    both = torch.stack([one, two])
-    assert base_study.correlation(both, 3 - both) == pytest.approx(-1)
     both = torch.stack([one, two])
     assert base_study.correlation(both, 3 - both) == pytest.approx(-1)
     monkeypatch.setattr(base_study, "HELD_OUT_PROMPTS", PROMPTS)
@@ -1549,9 +1549,9 @@ def test_merging_appends_the_scaled_adapter_to_the_recipes_table(recipe, tmp_pat
 
 
 def test_the_durations_are_those_of_the_readmes_commands():
-    assert {what: " ".join(words) for what, words in durations.commands().items()} == {
-        "the recipe": "arcopo.py --steps 100",
-        "the smoke test": "arcopo.py --steps 2 --judge-samples 1 --buffer-groups 4"}
+    found = durations.commands()
+    assert found["the recipe"] == ["arcopo.py", "--steps", "100"]
+    assert found["the smoke test"][:3] == ["arcopo.py", "--steps", "2"]
 
 
 def test_claims_resumes(tmp_path, base, quick, monkeypatch):
@@ -1658,8 +1658,6 @@ def test_hps_is_a_cosine_on_whole_frames_and_aesthetic_laions_head(tmp_path, mon
         expected = torch.einsum("nfd,nd->nf", frames, texts).mean(1)
         assert torch.allclose(rewards.hps(given, PROMPTS), expected, atol=1e-5)
     save_file(model.state_dict(), tmp_path / "vit_large_patch14_clip_224.openai.safetensors")
-    with pytest.raises(UserError, match="improved-aesthetic-predictor"):
-        rewards.aesthetic(clips, PROMPTS)
     drop, linear = nn.Dropout(), nn.Linear
     head = nn.Sequential(linear(768, 1024), drop, linear(1024, 128), drop, linear(128, 64), drop,
                          linear(64, 16), linear(16, 1)).eval()
