@@ -89,7 +89,7 @@ class Method:
     updates: int = option(2, "policy updates per iteration", "2")
     prompts: int = option(4, "prompts P per iteration", "1 on each of 24 GPUs")
     clip_range: float = option(1e-4, "ε of the ratio clip (Eq. 3); inf: no clip", "1e-4")
-    tau: float = option(0.03, "temperature τ₀ (Eq. 5) of distances that are means; the paper sums")
+    tau: float = option(0.03, "temperature τ₀ of mean squared distances (Eq. 5: of sums)")
     quasi_norm: float = option(0.0, "p of the advantages' quasi-norm; 0: standard deviation", "0")
     floor: float = option(0.02, "lower bound of σ_r (Eq. 3), in the reward's unit")
     micro: int = option(0, "rows in a batch of the generator; 0: no limit (48 in judging)")
@@ -988,14 +988,14 @@ def write_report(folder: Path, settings: Settings, clips: dict[str, Tensor], row
                    f"| {row['Δ judge']:+7.3f} ± {row['± judge']:.3f} | {row['all_right']:9.2f} "
                    f"| {row['mended']:6.0%} | {row['spoiled']:7.0%} | {row['area']:4.0f} |\n")
     if chosen:
-        rule = "no s improves" if chosen == "semi" else "the largest s that improves"
-        report += f"* In merged/: {rule} both reward and judge over the base.\n"
+        rule = "semi, as no s improves" if chosen == "semi" else "the largest s that improves"
+        report += f"* merged/ holds {rule} both reward and judge over the base.\n"
         row = next(row for row in rows if row["model"] == chosen)
         if not (row["Δ reward"] > 0 and row["Δ judge"] > 0):
-            report += "  It does not improve both: use the base, or train with other settings.\n"
+            report += "  Semi does not either: use the base, or train with other settings.\n"
     shown = [name for name in clips if name == chosen or not name.startswith("s = ")]
-    report += (f"{settings.judge_samples} clips of each {settings.judge_prompts} prompt, the same "
-               "noise for all models. Δ: change from the\nbase ± standard error over prompts; "
+    report += (f"Clips of each {settings.judge_prompts} prompt: {settings.judge_samples}, on the "
+               "same noise for all models. Δ: change from the\nbase ± standard error over prompts; "
                "mended, spoiled: of the base's wrong, right clips; area in px².\njudged.csv has "
                f"all scores; models.gif shows, from left: {', '.join(shown)}.\n"
                f"{seconds / 60:.1f} minutes on {settings.device}.\n")
@@ -1045,13 +1045,16 @@ def parse(arguments: list | None = None, cls: type = Settings, only: set | None 
     """Command-line arguments, as strings, numbers or paths -> settings, of the class `cls`; with
     --resume the run's, but for what is given anew. only: the settings that a study takes. Raises
     UserError."""
+    def numbers(text: str) -> tuple[float, ...]:
+        return tuple(float(part) for part in text.split(","))
+
     parser = Parser(description=description.split("\n\n")[0], argument_default=argparse.SUPPRESS,
                     allow_abbrev=False)
-    numbers = lambda text: tuple(float(part) for part in text.split(","))
     for f in fields(cls):
         if only is None or f.name in only:
             about = f.metadata
-            text = about["text"] + (f" [{f.default}]" if f.default else "")
+            shown = ",".join(map(str, f.default)) if f.type is tuple else str(f.default)
+            text = about["text"] + (f" [{shown}]" if shown else "")
             text += f" (paper: {about['paper']})" if about["paper"] else ""
             parser.add_argument(flag(f.name), type=numbers if f.type is tuple else f.type,
                                 help=text, choices=about["choices"] or None,

@@ -260,7 +260,7 @@ class ClipReward:
                                                 require_pretrained=True).eval()
             self.tokenizer = open_clip.get_tokenizer(architecture)
         except Exception as error:      # open_clip raises a dozen kinds: no network, wrong shape
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split())[:200]
             raise UserError(f"--clip {name}: open_clip cannot load it ({reason}); expected "
                             "ARCH:TAG (ViT-B-32:laion2b_s34b_b79k), ARCH:FILE, or a folder with "
                             "open_clip_config.json and open_clip_model.safetensors") from error
