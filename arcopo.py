@@ -1183,10 +1183,11 @@ def run(settings: Settings) -> int:
     parts, curve_samples = (model, reward, settings), min(2, settings.judge_samples)
     judge = lambda adapter: judge_models([("", adapter)], *parts, curve_samples, "curve")[1][""]
     for name in [settings.method] if settings.method else ["on-policy", "semi"]:
-        lr, iteration = settings.lr, partial(iterate, method=settings, prompts=TRAIN_PROMPTS,
-                                             reward=reward)
-        if name == "semi":
-            file = folder / "buffer.pt"
+        if name == "on-policy":
+            lr = settings.lr
+            iteration = partial(iterate, method=settings, prompts=TRAIN_PROMPTS, reward=reward)
+        else:
+            lr, file = settings.buffer_lr, folder / "buffer.pt"
             if file.exists():
                 buffer = torch.load(file, weights_only=True)
             else:
@@ -1194,8 +1195,7 @@ def run(settings: Settings) -> int:
                                         settings.buffer_groups, settings.seed)
                 save_whole(buffer, file)
             method = replace(settings, tau=settings.buffer_tau)
-            lr, iteration = settings.buffer_lr, partial(iterate_buffered, method=method,
-                                                        buffer=buffer)
+            iteration = partial(iterate_buffered, method=method, buffer=buffer)
         adapters[name], new = train(name, model, settings, lr, iteration, judge, folder)
         rows += new
     models, chosen = {"base": None} | adapters, ""
