@@ -92,7 +92,7 @@ class Method:
     tau: float = option(0.03, "temperature τ₀ of mean squared distances (Eq. 5: of sums)")
     quasi_norm: float = option(0.0, "p of the advantages' quasi-norm; 0: standard deviation", "0")
     floor: float = option(0.02, "lower bound of σ_r (Eq. 3), in the reward's unit")
-    micro: int = option(0, "rows in a batch of the generator; 0: no limit (48 in judging)")
+    micro: int = option(0, "most rows in a batch of the generator; 0: no limit (48 in judging)")
 
     def __post_init__(self):
         largest = {"sigma": 1, "quasi_norm": 2, "anchors": self.group, "clip_range": math.inf}
@@ -484,14 +484,15 @@ class Adapter:
             self.applied = True
             for name, (A, B) in self.weights.items():
                 layer = model.get_submodule(name)
-                own = layer._parameters
-                weight = own.get("weight")                              # None: parametrized
+                parameters = layer._parameters
+                weight = parameters.get("weight")                       # None: parametrized
                 if torch.is_grad_enabled() or weight is None or weight.dtype != A.dtype:
                     hook = layer.register_forward_hook(partial(add, A, B), with_kwargs=True)
                     undo.enter_context(hook)
                 else:
-                    undo.callback(own.update, weight=weight)
-                    own["weight"] = nn.Parameter(weight + scale * B @ A, requires_grad=False)
+                    undo.callback(parameters.update, weight=weight)
+                    merged = weight + scale * B @ A
+                    parameters["weight"] = nn.Parameter(merged, requires_grad=False)
             yield model
 
     def save(self, folder: str | Path, model: nn.Module) -> None:
