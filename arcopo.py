@@ -947,11 +947,13 @@ def judge_models(models: Iterable, model: Generator, reward: Callable, settings:
     return clips, scores
 
 
-def save_gif(blocks: list[Tensor], file: str | Path, scale: int = 4) -> None:
-    """Blocks of clips [rows, columns, FRAMES, 3, H, W] in [0, 1], side by side -> a looping GIF."""
+def save_gif(blocks: list[Tensor], file: str | Path, columns: int, scale: int = 4) -> None:
+    """Blocks of clips [N, FRAMES, 3, H, W] in [0, 1], each in so many columns, side by side -> a
+    looping GIF."""
     parts = []
     for clips in blocks:
-        clips = F.pad(clips.cpu(), (1, 1, 1, 1), value=0.5).permute(2, 0, 4, 1, 5, 3)
+        clips = F.pad(clips.cpu(), (1, 1, 1, 1), value=0.5).unflatten(0, (-1, columns))
+        clips = clips.permute(2, 0, 4, 1, 5, 3)         # [FRAMES, rows, H, columns, W, 3]
         frames = (clips.flatten(1, 2).flatten(2, 3) * 255).round().byte()       # [FRAMES, H, W, 3]
         frames = frames.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
         parts += [frames, torch.full_like(frames[:, :, : 3 * scale], 255)]
@@ -1003,8 +1005,8 @@ def write_report(folder: Path, settings: Settings, clips: dict[str, Tensor], row
     write_csv(folder / "judged.csv", rows)
     if RANK == 0:
         (folder / "report.md").write_text(report, encoding="utf-8")
-        save_gif([clips[name][:: 3 * settings.judge_samples].unflatten(0, (4, 2))
-                  for name in shown], folder / "models.gif")
+        save_gif([clips[name][:: 3 * settings.judge_samples] for name in shown],
+                 folder / "models.gif", columns=2)
         print(f"\n{report}Run folder: {folder}")
 
 
@@ -1226,7 +1228,7 @@ def write_sample(settings: Settings) -> int:
     with torch.no_grad(), adapter.on(model) if adapter else nullcontext():
         clips = sample(model, [settings.sample] * settings.samples, noise)
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_gif([clips[None]], file, scale=8)
+    save_gif([clips], file, settings.samples, scale=8)
     print(f"wrote {file}")
     return 0
 
