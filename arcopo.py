@@ -90,9 +90,11 @@ class Method:
     prompts: int = option(4, "prompts P per iteration", "1 on each of 24 GPUs")
     clip_range: float = option(1e-4, "ε of the ratio clip (Eq. 3); inf: no clip", "1e-4")
     tau: float = option(0.03, "temperature τ₀ of mean squared distances (Eq. 5: of sums)")
-    quasi_norm: float = option(0.0, "p of the advantages' quasi-norm; 0: standard deviation", "0")
+    quasi_norm: float = option(0.0, "p of the quasi-norm of the advantages; 0: standard deviation",
+                               "0.8 in Neighbor GRPO")
     floor: float = option(0.02, "lower bound of σ_r (Eq. 3), in the reward's unit")
-    micro: int = option(0, "most rows in a batch of the generator; 0: no limit (48 in judging)")
+    micro: int = option(0, "maximum rows in a batch of the generator, but at least one for each "
+                        "prompt; 0: no limit, or 48 in judging")
 
     def __post_init__(self):
         largest = {"sigma": 1, "quasi_norm": 2, "anchors": self.group, "clip_range": math.inf}
@@ -258,6 +260,7 @@ class Noise(NamedTuple):
 
 
 def draw_noise(model: Generator, rows: int, rng: torch.Generator) -> Noise:
+    """The noise of so many rows. Raises ValueError if a sampler time is not in (0, 1]."""
     if not 0 < min(model.timesteps) <= max(model.timesteps) <= 1:
         raise ValueError(f"timesteps {model.timesteps}: must be in (0, 1], not 0 to 1000")
     solver_steps = 0 if model.flow else len(model.timesteps) - 1
@@ -496,12 +499,12 @@ class Adapter:
             yield model
 
     def save(self, folder: str | Path, model: nn.Module) -> None:
-        """In peft's format; the header has what the adapter was trained on."""
+        """In peft's format; the header of the weights has what the adapter was trained on."""
         file = Path(folder) / "adapter_model.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"{PEFT}{name}.lora_{letter}.weight": z.detach().cpu().contiguous()
                    for name, pair in self.weights.items() for letter, z in zip("AB", pair)}
-        save_file(tensors, file, {"arcopo": json.dumps(trained_on(model) | {"alpha": self.alpha})})
+        save_file(tensors, file, {"arcopo": json.dumps(trained_on(model))})
         config = {"peft_type": "LORA", "r": self.rank, "lora_alpha": self.alpha, "bias": "none",
                   "target_modules": "|".join(map(re.escape, self.weights)), "lora_dropout": 0.0}
         file.with_name("adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
@@ -513,12 +516,13 @@ class Adapter:
         file, weights = Path(folder) / "adapter_model.safetensors", {}
         try:
             tensors, record = read_weights(file)
+            config = json.loads(file.with_name("adapter_config.json").read_text())
             for key in [key for key in tensors if ".lora_A." in key]:
                 name = key.removeprefix(PEFT).removesuffix(".lora_A.weight")
                 device = model.get_submodule(name).weight.device
                 pair = tensors[key], tensors[key.replace(".lora_A.", ".lora_B.")]
                 weights[name] = tuple(z.to(device).requires_grad_() for z in pair)
-            adapter = cls(weights, record["alpha"])
+            adapter = cls(weights, config["lora_alpha"])
         except Exception as error:      # safetensors has exceptions of its own
             others = [str(path.parent) for path in Path(folder).glob(f"*/{file.name}")]
             raise UserError(f"--adapter {folder}: not an adapter of this model ({error!r})"
@@ -809,7 +813,7 @@ class Settings(Method):
     buffer_groups: int = option(100, "rollout groups in the buffer", "100")
     buffer_lr: float = option(2e-5, "learning rate of AdamW with the buffer", "1e-5")
     buffer_tau: float = option(20.0, "τ with the buffer; the trust region is as wide as ε τ",
-                               "as --tau")                          # Departure: its own
+                               "as --tau")      # Departure: the paper names one τ₀ for both
     buffer_reward: str = option("ta=1", "rewards of the buffer, as --reward", "TA")
     sweep: tuple = option((0.4, 0.6, 0.8, 1.0), "strengths s of the on-policy adapter", "0.4 to 1")
     method: str = option("", "train one adapter alone; semi with --clip-range inf is the paper's "
@@ -826,7 +830,8 @@ class Settings(Method):
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto is cuda if there is one")
     reward: str = option("ta=3,mq=1", "weights of ta, vq, mq (text alignment, visual, motion "
                          "quality) and of module:function, your own", "VideoAlign's, 1 each")
-    clip: str = option("", "open_clip model of ta, vq, mq: a folder, ARCH:FILE or ARCH:TAG")
+    clip: str = option("", "open_clip model of ta, vq, mq: a folder, ARCH:FILE or ARCH:TAG, as "
+                       "ViT-B-32:laion2b_s34b_b79k [assets/clip]")
     judge_prompts: str = option("held-out", "training: 24 training prompts, to choose settings on",
                                 choices=tuple(JUDGE_PROMPTS))
     judge_samples: int = option(8, "clips per prompt in the final table")
@@ -880,12 +885,12 @@ def write_csv(file: Path, rows: list[dict], mode: str = "w") -> None:
 
 
 def train(name: str, model: Generator, settings: Settings, lr: float, iteration: Callable,
-          judge: Callable, folder: Path) -> tuple[Adapter, list[dict]]:
+          reward: Callable, folder: Path) -> tuple[Adapter, list[dict]]:
     """Train an adapter -> the adapter, also saved to NAME/, and the rows of NAME.csv.
 
-    iteration(model, adapter, optimizer, rng=rng) -> a row of NAME.csv; judge(adapter) -> scores, a
-    row of NAME-curve.csv. Every iteration ends with a checkpoint, from which the training continues
-    if there is one, so a run that is killed at any time and resumed ends as one that was not.
+    iteration(model, adapter, optimizer, rng=rng) -> a row of NAME.csv; reward: for the scores in
+    NAME-curve.csv. Every iteration ends with a checkpoint, from which the training continues if
+    there is one, so a run that is killed at any time and resumed ends as one that was not.
     """
     kind = "buffered" if name == "semi" else "explored"     # stream of random numbers
     seed, rank = settings.seed, (RANK,) if RANK else ()     # each process draws its own groups
@@ -893,6 +898,7 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
     optimizer = torch.optim.AdamW(adapter.parameters(), lr, weight_decay=0)
     checkpoint, rows, curve, next_step = folder / f"{name}.checkpoint.pt", [], [], 0
     judged = lambda step: step % settings.judge_every == 0 or step == settings.steps
+    samples = min(2, settings.judge_samples)
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         for p, q in zip(adapter.parameters(), saved["parameters"]):
@@ -910,7 +916,9 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
                 write_csv(folder / f"{name}.csv", rows[-1:], "a")
                 bar.update()
             if judged(step):
-                means = {column: x.mean().item() for column, x in judge(adapter).items()}
+                pair = name, adapter
+                scores = judge_models([pair], model, reward, settings, samples, "curve")[1][name]
+                means = {column: x.mean().item() for column, x in scores.items()}
                 curve.append({"step": step} | means)
                 write_csv(folder / f"{name}-curve.csv", curve[-1:], "a")
                 if RANK == 0:
@@ -1011,18 +1019,20 @@ def write_report(folder: Path, settings: Settings, clips: dict[str, Tensor], row
 
 
 def check_numbers(rows: list[dict], judged: list[dict]) -> int:
-    """Exit code of a run that ended: 1, with a line on stderr, if its numbers are not what they
+    """Exit code of a run that ended: 1, with lines on stderr, if its numbers are not what they
     should be. rows: of the trainings; judged: of judged_rows."""
-    problem = ""
-    if any(row["skipped"] or row["not_finite"] for row in rows):
-        problem = "not finite: see the columns skipped and not_finite in the CSVs of the training"
+    skipped, left_out = (sum(row[name] for row in rows) for name in ("skipped", "not_finite"))
+    problems = []
+    if skipped or left_out:
+        problems.append(f"not finite: {skipped:g} updates were skipped, {left_out:g} rewards "
+                        "left out")
     if not all(math.isfinite(row["reward"]) for row in judged):
-        problem = "not finite: the table has NaN or infinity"
+        problems.append("not finite: the table has NaN or infinity")
     if all(row["flat_groups"] == 1 for row in rows):
-        problem = "nothing was learned: in no group did the rewards differ by --floor"
-    if problem:
+        problems.append("nothing was learned: in no group did the rewards differ by --floor")
+    for problem in problems:
         print(f"arcopo: {problem}", file=sys.stderr)
-    return 1 if problem else 0
+    return 1 if problems else 0
 
 
 # ------------------------------------------------------------------ command line
@@ -1132,7 +1142,8 @@ def read_record(folder: str | Path, cls: type = Settings) -> dict:
     """What settings.json of a run with settings of this class holds. Raises UserError."""
     try:
         record = json.loads((Path(folder) / "settings.json").read_text(encoding="utf-8"))
-        if record["settings"].keys() != {f.name for f in fields(cls)}:
+        names = {f.name for f in fields(cls)}
+        if record["program"] != cls.__name__ or record["settings"].keys() != names:
             raise ValueError("it is of another program, or of another version of this one")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"--resume {folder}: not the folder of a run ({error})") from error
@@ -1163,8 +1174,9 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
         raise UserError(f"--out {folder}: holds a run; --resume it or name another folder")
     else:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        record = {"settings": asdict(settings), "processes": processes, "reward_scales": None,
-                  "torch": torch.__version__, "commit": commit, "command": sys.argv}
+        record = {"program": type(settings).__name__, "settings": asdict(settings),
+                  "processes": processes, "torch": torch.__version__, "commit": commit,
+                  "command": sys.argv, "reward_scales": None}
     model, reward, buffer_reward = load(settings, record["reward_scales"])
     record["reward_scales"] = reward.scales
     if RANK == 0:
@@ -1183,8 +1195,6 @@ def run(settings: Settings) -> int:
     all to the run folder -> the exit code of check_numbers."""
     began, adapters, rows = time.perf_counter(), {}, []
     folder, model, reward, buffer_reward = start(settings)
-    parts, curve_samples = (model, reward, settings), min(2, settings.judge_samples)
-    judge = lambda adapter: judge_models([("", adapter)], *parts, curve_samples, "curve")[1][""]
     for name in [settings.method] if settings.method else ["on-policy", "semi"]:
         if name == "on-policy":
             lr = settings.lr
@@ -1199,7 +1209,7 @@ def run(settings: Settings) -> int:
                 save_whole(buffer, file)
             method = replace(settings, tau=settings.buffer_tau)
             iteration = partial(iterate_buffered, method=method, buffer=buffer)
-        adapters[name], new = train(name, model, settings, lr, iteration, judge, folder)
+        adapters[name], new = train(name, model, settings, lr, iteration, reward, folder)
         rows += new
     models, chosen = {"base": None} | adapters, ""
     if not settings.method:
@@ -1207,7 +1217,8 @@ def run(settings: Settings) -> int:
         merges = {f"s = {s:g}": merge_adapters((semi, 1.0), (on, s)) for s in settings.sweep}
         models = {"base": None, "semi": semi} | merges | {"on-policy": on}
     bar = progress(models.items(), desc="judging", unit="model")
-    clips, scores = judge_models(bar, *parts, settings.judge_samples, "judging")
+    samples = settings.judge_samples
+    clips, scores = judge_models(bar, model, reward, settings, samples, "judging")
     judged = judged_rows(scores)
     if not settings.method:
         both = {row["model"]: (row["reward"], row["judge"]) for row in judged}
@@ -1222,6 +1233,8 @@ def run(settings: Settings) -> int:
 def write_sample(settings: Settings) -> int:
     """Write clips of a prompt to a GIF, side by side."""
     file = Path(settings.out or "clip.gif")
+    if file.suffix != ".gif":
+        raise UserError(f"--out {file}: must be the name of a .gif file")
     model = load_generator(settings.base, choose_device(settings.device), settings.timesteps)
     adapter = Adapter.load(settings.adapter, model) if settings.adapter else None
     noise = draw_noise(model, settings.samples, seeded(settings.seed, "sampling"))

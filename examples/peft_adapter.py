@@ -5,7 +5,8 @@ only parameters() and on(model).
     adapter = PeftAdapter(model)
 
 works after get_peft_model and after diffusers' add_adapter too, and for DoRA. Save it with peft's
-own functions; merge_adapters takes arcopo.Adapter alone.
+own functions. The training loop of the script makes an arcopo.Adapter, and merge_adapters joins the
+A and B of arcopo.Adapter, so neither takes this one.
 """
 
 from contextlib import contextmanager

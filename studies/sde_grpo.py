@@ -119,11 +119,9 @@ def run(settings: SdeSettings) -> int:
                         "explore; choose a consistency model with two or more times")
     folder, model, reward, _ = start(settings)
     iteration = partial(iterate, method=settings, prompts=TRAIN_PROMPTS, reward=reward)
-    parts, curve_samples = (model, reward, settings), min(2, settings.judge_samples)
-    judge = lambda adapter: judge_models([("", adapter)], *parts, curve_samples, "curve")[1][""]
-    adapter, rows = train("sde-grpo", model, settings, settings.lr, iteration, judge, folder)
-    models = [("base", None), ("sde-grpo", adapter)]
-    clips, scores = judge_models(models, *parts, settings.judge_samples, "judging")
+    adapter, rows = train("sde-grpo", model, settings, settings.lr, iteration, reward, folder)
+    models, samples = [("base", None), ("sde-grpo", adapter)], settings.judge_samples
+    clips, scores = judge_models(models, model, reward, settings, samples, "judging")
     judged = judged_rows(scores)
     write_report(folder, settings, clips, judged, time.perf_counter() - began)
     return check_numbers(rows, judged)

@@ -15,9 +15,8 @@ from studies.claims import RUNS, read
 
 HERE = Path(__file__).resolve().parent
 FILES = HERE.parent / "README.md", HERE / "EVIDENCE.md"
-DIGITS = {"reward": 2, "judge": 3, "ta": 3, "vq": 2, "mq": 3, "all_right": 2, "visual": 2,
-          "motion_quality": 2, "text": 3, "direction": 2, "area": 0, "spread": 1}
-TITLES = {"ta": "TA", "vq": "VQ", "mq": "MQ", "all_right": "all right", "motion_quality": "motion"}
+DIGITS = {"reward": 2, "judge": 3, "ta": 3, "all_right": 2, "area": 0}
+TITLES = {"ta": "TA", "all_right": "all right"}
 
 
 def markdown(rows: list[list[str]]) -> str:
