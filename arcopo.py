@@ -87,7 +87,7 @@ class Method:
     sigma: float = option(0.5, "radius σ of the neighbours in noise (Eq. 1)", "0.5")
     anchors: int = option(4, "anchors B of the G candidates (symmetric sampling)", "4")
     updates: int = option(2, "policy updates per iteration", "2")
-    prompts: int = option(4, "prompts P per iteration", "1 on each of 24 GPUs")
+    prompts: int = option(4, "prompts P per iteration", "1 in Alg. 1; 24 GPUs")
     clip_range: float = option(1e-4, "ε of the ratio clip (Eq. 3); inf: no clip", "1e-4")
     tau: float = option(0.03, "temperature τ₀ of mean squared distances (Eq. 5: of sums)")
     quasi_norm: float = option(0.0, "p of the quasi-norm of the advantages; 0: standard deviation",
@@ -158,7 +158,7 @@ class Generator(nn.Module):
     begin(prompts)           -> Context   the context before the first chunk, N rows
     predict(x_t, t, context) -> x̂₀        F_θ: the clean chunk, like x_t [N, *chunk_shape]
     extend(context, x0)      -> Context   a new context: with a finished chunk added
-    decode(latents)          -> clips     [N, L, *chunk_shape] -> what the reward takes, batch first
+    decode(latents)          -> clips     [N, L, *chunk_shape] -> the reward's tensor, batch first
     timesteps                             the T sampler times as floats, from 1 down, 0 excluded
     chunk_shape, chunks                   shape of a latent chunk (any number of axes), and L
     flow                                  False: consistency model; True: flow matching, Euler steps
@@ -170,10 +170,11 @@ class Generator(nn.Module):
     is any object with repeat(times): row n becomes rows n * times to n * times + times - 1. Nothing
     writes to it, so the copies may share memory. An Adapter applies to nn.Linear layers.
 
-    A flow map is a network that is told where its step ends: it finds that in `timesteps`, and with
-    its average velocity u predict returns x_t - t u; flow = True. Chunks of unequal length are
-    padded to chunk_shape, and predict returns zeros for the padding. Optional: `fingerprint`, a
-    hash of the weights, so that an adapter of other weights is refused.
+    A flow map predicts the average velocity u from t to the next time, which it looks up in
+    `timesteps`; then flow = True, and predict returns x_t - t u. Chunks of unequal length are
+    padded to chunk_shape, and predict returns zeros for the padding (with flow = True its noise
+    still enters the distances, but no gradient does). Optional: `fingerprint`, a hash of the
+    weights, so that an adapter of other weights is refused.
     """
 
     chunk_shape, chunks = (CHUNK_FRAMES, 3, SIZE, SIZE), CHUNKS
@@ -276,12 +277,12 @@ def candidate(model: Generator, x_t: Tensor, x0: Tensor, t, t_next) -> Tensor:
 
 
 def denoise(model: Generator, context: Context, initial: Tensor,
-            solver: Tensor) -> tuple[Tensor, Tensor]:
+            solver: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """One chunk from its noise in T steps. Consistency model, as Self-Forcing samples: predict x̂₀,
     re-noise it to the next time. Flow matching: Euler steps.
 
-    initial [N, *chunk_shape], solver [N, T - 1, *chunk_shape] -> states x_t and candidates, both
-    [N, T, *chunk_shape]; the last candidate is the finished chunk.
+    initial [N, *chunk_shape], solver [N, T - 1, *chunk_shape] -> the state x_t and the candidate of
+    each step, two lists of T tensors like initial; the last candidate is the finished chunk.
     """
     x_t, states, candidates = initial, [], []
     for i, (t, t_next) in enumerate(zip(model.timesteps, (*model.timesteps[1:], 0.0))):
@@ -292,7 +293,7 @@ def denoise(model: Generator, context: Context, initial: Tensor,
             x_t = candidates[-1]
         elif t_next > 0:
             x_t = (1 - t_next) * x0 + t_next * solver[:, i]
-    return torch.stack(states, 1), torch.stack(candidates, 1)
+    return states, candidates
 
 
 @torch.no_grad()
@@ -302,10 +303,10 @@ def rollout(model: Generator, context: Context, noise: Noise, start: int,
     (without the clip's last chunk, as nothing follows it)."""
     chunks = torch.empty_like(noise.initial[:, start:stop])
     for p in range(start, stop):
-        candidates = denoise(model, context, noise.initial[:, p], noise.solver[:, p])[1]
-        chunks[:, p - start] = candidates[:, -1]
+        x0 = denoise(model, context, noise.initial[:, p], noise.solver[:, p])[1][-1]
+        chunks[:, p - start] = x0
         if p + 1 < model.chunks:
-            context = model.extend(context, candidates[:, -1])
+            context = model.extend(context, x0)
     return chunks, context
 
 
@@ -334,15 +335,14 @@ def neighbor_noise(base: Tensor, sigma: float, group: int,
     base: any shape -> [group, *base.shape]. sigma in [0, 1]: 0 repeats the base, 1 draws
     independent noise.
     """
-    device = rng.device if rng else base.device
-    delta = torch.randn(group, *base.shape, generator=rng, device=device).to(base)
+    delta = torch.randn(group, *base.shape, generator=rng).to(base)
     return math.sqrt(1 - sigma**2) * base + sigma * delta
 
 
 def branch_noise(noise: Noise, pivot: int, sigma: float, group: int,
                  rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Algorithm 1, line 4: the noise of the pivot chunk. Each branch has initial noise of its own
-    [P, G, *chunk_shape]; all share the solver noise [P, G, T - 1, *chunk_shape]."""
+    """The noise of the pivot chunk: of each branch its own initial noise [P, G, *chunk_shape]
+    (Algorithm 1, line 4), and the solver noise [P, G, T - 1, *chunk_shape] that all share."""
     initial = neighbor_noise(noise.initial[:, pivot], sigma, group, rng).transpose(0, 1)
     solver = noise.solver[:, pivot, None].expand(-1, group, *noise.solver.shape[2:])
     return initial, solver
@@ -361,20 +361,23 @@ def fork(model: Generator, prompts: list[str], pivot: int, noise: Noise, initial
     P, G = initial.shape[:2]
     prefix, context = rollout(model, model.begin(prompts), noise, 0, pivot)         # line 2, P rows
     states = initial.new_empty(P, len(model.timesteps), G, *model.chunk_shape)
-    candidates, clips = torch.empty_like(states), []
+    candidates = torch.empty_like(states)
+    clips = []
     size = max(1, micro // P) if micro else G
     for i in range(0, G, size):
-        n = min(size, G - i)                                                        # branches
-        branch = context.repeat(n)                                                  # line 3
-        visited, reached = denoise(model, branch, initial[:, i : i + n].flatten(0, 1),
-                                   solver[:, i : i + n].flatten(0, 1))              # [P n, T, ...]
-        states[:, :, i : i + n] = visited.unflatten(0, (P, n)).transpose(1, 2)
-        candidates[:, :, i : i + n] = reached.unflatten(0, (P, n)).transpose(1, 2)
-        latents = reached.new_empty(P * n, model.chunks, *model.chunk_shape)
+        first = initial[:, i : i + size]                                    # [P, n, *chunk_shape]
+        n = first.shape[1]                                                  # branches
+        branch = context.repeat(n)                                          # line 3, P n rows
+        visited, reached = denoise(model, branch, first.flatten(0, 1),
+                                   solver[:, i : i + n].flatten(0, 1))
+        for step in range(len(model.timesteps)):
+            states[:, step, i : i + n] = visited[step].view_as(first)
+            candidates[:, step, i : i + n] = reached[step].view_as(first)
+        latents = first.new_empty(P * n, model.chunks, *model.chunk_shape)
         latents[:, :pivot] = prefix.repeat_interleave(n, 0)
-        latents[:, pivot] = reached[:, -1]
+        latents[:, pivot] = reached[-1]
         if pivot + 1 < model.chunks:                                                # line 5
-            branch = model.extend(branch, reached[:, -1])
+            branch = model.extend(branch, reached[-1])
             latents[:, pivot + 1 :] = rollout(model, branch, noise.repeat(n), pivot + 1,
                                               model.chunks)[0]
         clips.append(model.decode(latents).unflatten(0, (P, n)))
@@ -418,12 +421,12 @@ def surrogate_log_policy(candidates: Tensor, anchor: Tensor, tau: float) -> Tens
 def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
     """J = 1/G Σ_i min(ρ⁽ⁱ⁾ A⁽ⁱ⁾, clip(ρ⁽ⁱ⁾, 1-ε, 1+ε) A⁽ⁱ⁾) (Eq. 3), a scalar to be MAXIMISED.
 
-    log_ratio [..., G] = log π_θ - log π_old; advantages broadcast to it. Departure: Eq. 3 is for
-    one state; leading axes (prompts, steps, anchors) are averaged. clip_range ε = inf: no clip (the
-    paper's off-policy baseline). For one anchor, θ = θ_old and Σ A = 0, ∂J/∂x^(θ) = 2/(GτD) Σ_i
-    A⁽ⁱ⁾ x⁽ⁱ⁾, with or without the clip.
+    log_ratio [..., G] = log π_θ - log π_old; advantages broadcast to it. ε = inf: no clip (the
+    paper's off-policy baseline). Departures: Eq. 3 is for one state; leading axes (prompts, steps,
+    anchors) are averaged. ρ is at most e^80, because inf · 0 would be NaN. For one anchor, θ =
+    θ_old and Σ A = 0, ∂J/∂x^(θ) = 2/(GτD) Σ_i A⁽ⁱ⁾ x⁽ⁱ⁾, with or without the clip.
     """
-    ratio = log_ratio.clamp_max(80).exp()       # stays finite, because inf · 0 would be NaN
+    ratio = log_ratio.clamp_max(80).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.minimum(ratio * advantages, clipped * advantages).mean()
 
@@ -540,7 +543,7 @@ def trained_on(model: nn.Module) -> dict:
 
 
 def read_weights(file: Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of a safetensors file, and the record in its header."""
+    """The tensors of a safetensors file, and what its header says under "arcopo"."""
     with safe_open(str(file), "pt") as f:
         return {name: f.get_tensor(name) for name in f.keys()}, json.loads(f.metadata()["arcopo"])
 
@@ -587,20 +590,20 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
     its gradient is summed over slices of method.micro rows, and averaged over processes, each with
     its own groups. Returns scalars, on the device:
 
-    replay_error     mean |log π_old - log π of the rollout|: rounding alone, if all is well
+    replay_error     mean |log π_old - log π of the rollout|, due to rounding alone if all is well
     ratio_first      mean ρ at the first step; on-policy exactly 1
     clip_fraction    share of terms whose gradient the clip sets to zero, at the last step
     grad_norm        mean over steps
-    skipped          steps left out because their gradient was not finite. So a prefix that is not
-                     finite skips the update for all P prompts
+    skipped          number of steps left out because their gradient was not finite; one prompt
+                     whose prefix is not finite is enough
     """
     pairs = draw_pairs(len(model.timesteps), rewards.shape[1], method.anchors, rng)
     pairs = pairs.to(model.device)
     size = max(1, method.micro // len(rewards)) if method.micro else len(pairs)
     slices = [(part[:, 0], part[:, 1]) for part in pairs.split(size)]
-    advantages = group_advantages(rewards, method.quasi_norm, method.floor)[:, None]       # line 7
-    advantages = advantages * rewards.isfinite()[:, pairs[:, 1], None]      # [P, K, G]: zero where
-                                                        # the anchor is a branch without a reward
+    advantages = group_advantages(rewards, method.quasi_norm, method.floor)     # line 7, [P, G]
+    usable = rewards.isfinite()[:, pairs[:, 1], None]           # [P, K, 1]: anchors with a reward
+    advantages = advantages[:, None] * usable                   # [P, K, G]
 
     def log_policy(step: Tensor, anchor: Tensor) -> Tensor:
         """Line 8: log π_θ(i | s_t) [P, k, G] for k of the pairs."""
@@ -610,13 +613,13 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
     # Departure: π_old comes from a replay, because the rollout may round differently. It is not
     # under no_grad, so that the adapter acts by hooks, as below, and the first ratio is exactly 1.
     with nullcontext() if buffered else adapter.on(model):
-        old = [log_policy(*part).detach() for part in slices]
+        log_olds = [log_policy(*part).detach() for part in slices]
     norms, ratios, skipped = [], [], 0
     for _ in range(1 if buffered else method.updates):
         optimizer.zero_grad()
         log_ratios = []
         with adapter.on(model):     # backward too: activation checkpointing runs the model again
-            for (step, anchor), log_old, A in zip(slices, old, advantages.split(size, 1)):
+            for (step, anchor), log_old, A in zip(slices, log_olds, advantages.split(size, 1)):
                 log_ratio = log_policy(step, anchor) - log_old
                 J = clipped_objective(log_ratio, A, method.clip_range)
                 (-J * len(step) / len(pairs)).backward()                                   # line 9
@@ -634,17 +637,17 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
         else:
             skipped += 1
     recorded = branches.candidates[:, pairs[:, 0], pairs[:, 1]].flatten(2)
-    rollouts = surrogate_log_policy(branches.candidates[:, pairs[:, 0]].flatten(3), recorded,
-                                    method.tau)
+    log_rollout = surrogate_log_policy(branches.candidates[:, pairs[:, 0]].flatten(3), recorded,
+                                       method.tau)
     clipped = (ratios[-1] - 1) * advantages.sign() > method.clip_range
-    return {"replay_error": (torch.cat(old, 1) - rollouts).abs().mean(),
+    return {"replay_error": ((torch.cat(log_olds, 1) - log_rollout).abs() * usable).mean(),
             "ratio_first": ratios[0].mean(), "clip_fraction": clipped.float().mean(),
             "grad_norm": torch.stack(norms).mean(), "skipped": rewards.new_full((), skipped)}
 
 
 # ------------------------------------------------------------------ exploration and buffer
 
-def rewarded(branches: Fork, clips: Tensor, reward: Callable) -> dict[str, Tensor]:
+def score_branches(branches: Fork, clips: Tensor, reward: Callable) -> dict[str, Tensor]:
     """The scores [P, G] of the branches' clips [P, G, ...]. A branch that is not finite is scored
     NaN, so that its advantage and its terms as an anchor are 0, and its tensors are made finite.
     Raises TypeError if the reward returns anything but {"reward": [N], ...}."""
@@ -675,27 +678,28 @@ def explore(model: Generator, method: Method, prompts: list[str], reward: Callab
     chosen = [prompts[i] for i in torch.randperm(len(prompts), generator=rng)[:P]]
     pivot = int(torch.randint(model.chunks, (), generator=rng))                     # line 1
     noise = draw_noise(model, P, rng)
-    own = branch_noise(noise, pivot, method.sigma, method.group, rng)               # line 4
-    branches, clips = fork(model, chosen, pivot, noise, *own, method.micro)         # lines 2, 3, 5
-    return branches, rewarded(branches, clips, reward)
+    initial, solver = branch_noise(noise, pivot, method.sigma, method.group, rng)   # line 4
+    branches, clips = fork(model, chosen, pivot, noise, initial, solver, method.micro)  # 2, 3, 5
+    return branches, score_branches(branches, clips, reward)
 
 
 def collect_buffer(model: Generator, method: Method, prompts: list[str], reward: Callable,
-                   size: int, seed: int) -> list[dict]:
-    """The buffer (Sec. 3.3): `size` groups of the reference policy, so no adapter may be on.
+                   rngs: Iterable[torch.Generator]) -> list[dict]:
+    """The buffer (Sec. 3.3): the groups of one exploration for each of rngs. The reference policy
+    must explore, so no adapter may be on.
 
     A group is {"prompt": str, "scores": {"reward", ...: [G]} and, in half precision, "prefix"
     [pivot, *chunk_shape], "states", "candidates" [T, G, *chunk_shape]}, in CPU memory.
     """
     buffer = []
-    for first in progress(range(0, size, method.prompts), "buffer", unit="batch"):
-        branches, scores = explore(model, method, prompts, reward, seeded(seed, "buffer", first))
+    for rng in rngs:
+        branches, scores = explore(model, method, prompts, reward, rng)
         for i, prompt in enumerate(branches.prompts):
             tensors = {name: getattr(branches, name)[i].half().cpu()
                        for name in ("prefix", "states", "candidates")}
             rewards = {name: x[i].clone().cpu() for name, x in scores.items()}
             buffer.append({"prompt": prompt, "scores": rewards} | tensors)
-    return buffer[:size]
+    return buffer
 
 
 @torch.no_grad()
@@ -746,9 +750,9 @@ def metrics(rows: list[dict[str, Tensor]], drawn: list[Fork], began: float) -> d
 
 def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer, method: Method,
             prompts: list[str], reward: Callable, rng: torch.Generator) -> dict:
-    """One iteration of Algorithm 1: explore once, update method.updates times -> metrics: those of
-    reward_metrics and update, means over processes, and this process's pivot (from 1) and seconds.
-    """
+    """One iteration of Algorithm 1: explore once, update method.updates times -> the metrics of
+    reward_metrics and update, averaged over processes, with this process's pivot (from 1) and
+    seconds."""
     began = time.perf_counter()
     with torch.no_grad(), adapter.on(model):
         branches, scores = explore(model, method, prompts, reward, rng)             # lines 1 to 5
@@ -856,7 +860,7 @@ progress = partial(tqdm, disable=RANK > 0)
 
 def seeded(seed: int, *stream: str | int) -> torch.Generator:
     """A random generator for (seed, *stream), on the CPU: the same noise on every device. A hash
-    fills its whole state, 624 words, as manual_seed would keep 32 bits of it."""
+    fills its whole state, 624 words, because manual_seed would keep only 32 bits of the hash."""
     generator = torch.Generator()
     state = generator.get_state()
     words = hashlib.shake_256(repr((seed, *stream)).encode()).digest(4 * 624)
@@ -893,7 +897,7 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
     there is one, so a run that is killed at any time and resumed ends as one that was not.
     """
     kind = "buffered" if name == "semi" else "explored"     # stream of random numbers
-    seed, rank = settings.seed, (RANK,) if RANK else ()     # each process draws its own groups
+    seed, process = settings.seed, (RANK,) if RANK else ()  # each process draws its own groups
     adapter = Adapter.new(model, settings.rank, settings.alpha, seeded(seed, kind, "adapter"))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr, weight_decay=0)
     checkpoint, rows, curve, next_step = folder / f"{name}.checkpoint.pt", [], [], 0
@@ -905,13 +909,13 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
             p.data.copy_(q)
         optimizer.load_state_dict(saved["optimizer"])
         rows, next_step = saved["rows"], len(saved["rows"]) + 1
-        curve = [row for row in saved["curve"] if judged(row["step"])]  # not a former end
+        curve = [row for row in saved["curve"] if judged(row["step"])]  # not the old last step
     write_csv(folder / f"{name}.csv", rows)
     write_csv(folder / f"{name}-curve.csv", curve)
     with progress(total=settings.steps, initial=len(rows), desc=name, unit="it") as bar:
         for step in range(next_step, settings.steps + 1):           # step 0 only judges
             if step > 0:
-                rng = seeded(seed, kind, step, *rank)
+                rng = seeded(seed, kind, step, *process)
                 rows.append({"step": step} | iteration(model, adapter, optimizer, rng=rng))
                 write_csv(folder / f"{name}.csv", rows[-1:], "a")
                 bar.update()
@@ -942,8 +946,8 @@ def sample_batches(model: Generator, prompts: list[str], rng: torch.Generator,
 @torch.no_grad()
 def judge_models(models: Iterable, model: Generator, reward: Callable, settings: Settings,
                  samples: int, stream: str) -> tuple[dict, dict]:
-    """`samples` clips of each prompt of the judging, on the same noise for each of the models, and
-    their scores (reward.evaluate). models: pairs of a name and an adapter (None: the base) -> clips
+    """`samples` clips of each judging prompt, on the same noise for each of the models, and their
+    scores (reward.evaluate). models: pairs of a name and an adapter (None: the base) -> clips
     and scores, by name."""
     prompts = [p for p in JUDGE_PROMPTS[settings.judge_prompts] for _ in range(samples)]
     clips, scores = {}, {}
@@ -955,17 +959,13 @@ def judge_models(models: Iterable, model: Generator, reward: Callable, settings:
     return clips, scores
 
 
-def save_gif(blocks: list[Tensor], file: str | Path, columns: int, scale: int = 4) -> None:
-    """Blocks of clips [N, FRAMES, 3, H, W] in [0, 1], each in so many columns, side by side -> a
-    looping GIF."""
-    parts = []
-    for clips in blocks:
-        clips = F.pad(clips.cpu(), (1, 1, 1, 1), value=0.5).unflatten(0, (-1, columns))
-        clips = clips.permute(2, 0, 4, 1, 5, 3)         # [FRAMES, rows, H, columns, W, 3]
-        frames = (clips.flatten(1, 2).flatten(2, 3) * 255).round().byte()       # [FRAMES, H, W, 3]
-        frames = frames.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-        parts += [frames, torch.full_like(frames[:, :, : 3 * scale], 255)]
-    iio.imwrite(file, torch.cat(parts[:-1], 2).numpy(), extension=".gif", duration=150, loop=0)
+def save_gif(clips: Tensor, file: str | Path, columns: int, scale: int = 4) -> None:
+    """Clips [N, FRAMES, 3, H, W] in [0, 1], in rows of so many columns -> a looping GIF."""
+    grid = F.pad(clips.cpu(), (1, 1, 1, 1), value=0.5).unflatten(0, (-1, columns))
+    grid = grid.permute(2, 0, 4, 1, 5, 3)               # [FRAMES, rows, H, columns, W, 3]
+    frames = (grid.flatten(1, 2).flatten(2, 3) * 255).round().byte()
+    frames = frames.repeat_interleave(scale, 1).repeat_interleave(scale, 2)     # [FRAMES, H, W, 3]
+    iio.imwrite(file, frames.numpy(), extension=".gif", duration=150, loop=0)
 
 
 def judged_rows(scores: dict[str, dict[str, Tensor]]) -> list[dict]:
@@ -1003,33 +1003,36 @@ def write_report(folder: Path, settings: Settings, clips: dict[str, Tensor], row
         report += f"* merged/ holds {rule} both reward and judge over the base.\n"
         row = next(row for row in rows if row["model"] == chosen)
         if not (row["Δ reward"] > 0 and row["Δ judge"] > 0):
-            report += "  Semi does not either: use the base, or train with other settings.\n"
+            report += "  Semi does not improve both: use the base, or other settings.\n"
     shown = [name for name in clips if name == chosen or not name.startswith("s = ")]
     report += (f"Clips of each {settings.judge_prompts} prompt: {settings.judge_samples}, on the "
                "same noise for all models. Δ: change from the\nbase ± standard error over prompts; "
                "mended, spoiled: of the base's wrong, right clips; area in px².\njudged.csv has "
-               f"all scores; models.gif shows, from left: {', '.join(shown)}.\n"
-               f"{seconds / 60:.1f} minutes on {settings.device}.\n")
+               f"all scores; models.gif shows, from top: {', '.join(shown)}.\n"
+               f"{seconds / 60:.1f} minutes on {settings.device}"
+               f"{' since --resume' if settings.resume else ''}.\n")
     write_csv(folder / "judged.csv", rows)
     if RANK == 0:
         (folder / "report.md").write_text(report, encoding="utf-8")
-        save_gif([clips[name][:: 3 * settings.judge_samples] for name in shown],
-                 folder / "models.gif", columns=2)
+        parts = [clips[name][:: 3 * settings.judge_samples] for name in shown]
+        save_gif(torch.cat(parts), folder / "models.gif", columns=len(parts[0]))
         print(f"\n{report}Run folder: {folder}")
 
 
-def check_numbers(rows: list[dict], judged: list[dict]) -> int:
-    """Exit code of a run that ended: 1, with lines on stderr, if its numbers are not what they
-    should be. rows: of the trainings; judged: of judged_rows."""
+def check_numbers(trainings: dict[str, list[dict]], judged: list[dict]) -> int:
+    """Exit code of a run that ended: 1, with lines on stderr, if a number is not finite, or if all
+    groups of a training are flat. trainings: rows by name; judged: of judged_rows."""
+    rows, problems = sum(trainings.values(), []), []
     skipped, left_out = (sum(row[name] for row in rows) for name in ("skipped", "not_finite"))
-    problems = []
     if skipped or left_out:
         problems.append(f"not finite: {skipped:g} updates were skipped, {left_out:g} rewards "
                         "left out")
     if not all(math.isfinite(row["reward"]) for row in judged):
         problems.append("not finite: the table has NaN or infinity")
-    if all(row["flat_groups"] == 1 for row in rows):
-        problems.append("nothing was learned: in no group did the rewards differ by --floor")
+    for name, rows in trainings.items():
+        if all(row["flat_groups"] == 1 for row in rows):
+            problems.append(f"{name} learned nothing: in no group did the rewards differ by "
+                            "--floor")
     for problem in problems:
         print(f"arcopo: {problem}", file=sys.stderr)
     return 1 if problems else 0
@@ -1056,7 +1059,7 @@ def flag(name: str) -> str:
 def parse(arguments: list | None = None, cls: type = Settings, only: set | None = None,
           description: str = __doc__) -> Settings:
     """Command-line arguments, as strings, numbers or paths -> settings, of the class `cls`; with
-    --resume the run's, but for what is given anew. only: the settings that a study takes. Raises
+    --resume the run's, except those given anew. only: the settings that a study takes. Raises
     UserError."""
     def numbers(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
@@ -1110,8 +1113,8 @@ def load_generator(file: str | Path = "", device: str | torch.device = "cpu",
     """A frozen base, sampled at its own timesteps or at others. Raises UserError."""
     file = Path(file or ASSETS / "base.safetensors")
     try:
-        weights, record = read_weights(file)
-        model = Generator(**record["record"]["generator"])
+        weights, header = read_weights(file)
+        model = Generator(**header["record"]["generator"])
         model.load_state_dict({name: x.float() for name, x in weights.items()})
     except Exception as error:      # safetensors has exceptions of its own
         raise UserError(f"--base {file}: not weights of studies.pretrain ({error})") from error
@@ -1159,7 +1162,7 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
     if dist.is_torchelastic_launched() and not dist.is_initialized():           # by torchrun
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     processes = dist.get_world_size() if dist.is_initialized() else 1
-    folder, git = Path(settings.out), ["git", "-C", str(ASSETS.parent), "rev-parse", "HEAD"]
+    folder = Path(settings.out)
     if settings.resume:
         record = read_record(folder, type(settings))
         record["settings"] = asdict(settings) | {"resume": ""}
@@ -1173,12 +1176,17 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
     elif (folder / "settings.json").exists():
         raise UserError(f"--out {folder}: holds a run; --resume it or name another folder")
     else:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        commit = subprocess.getoutput(f'git -C "{ASSETS.parent}" rev-parse HEAD')
         record = {"program": type(settings).__name__, "settings": asdict(settings),
                   "processes": processes, "torch": torch.__version__, "commit": commit,
                   "command": sys.argv, "reward_scales": None}
     model, reward, buffer_reward = load(settings, record["reward_scales"])
     record["reward_scales"] = reward.scales
+    if record.setdefault("fingerprint", model.fingerprint) != model.fingerprint:
+        raise UserError(f"--resume {folder}: the weights of its base have changed since; restore "
+                        "them or start a new run")
+    if dist.is_initialized():
+        dist.barrier()                  # all processes have looked for settings.json by now
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
         if not settings.resume:
@@ -1193,7 +1201,7 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
 def run(settings: Settings) -> int:
     """The recipe, or the training of settings.method alone: train, merge, judge, choose s and write
     all to the run folder -> the exit code of check_numbers."""
-    began, adapters, rows = time.perf_counter(), {}, []
+    began, adapters, trainings = time.perf_counter(), {}, {}
     folder, model, reward, buffer_reward = start(settings)
     for name in [settings.method] if settings.method else ["on-policy", "semi"]:
         if name == "on-policy":
@@ -1204,18 +1212,21 @@ def run(settings: Settings) -> int:
             if file.exists():
                 buffer = torch.load(file, weights_only=True)
             else:
-                buffer = collect_buffer(model, settings, TRAIN_PROMPTS, buffer_reward,
-                                        settings.buffer_groups, settings.seed)
+                firsts = range(0, settings.buffer_groups, settings.prompts)
+                rngs = (seeded(settings.seed, "buffer", first)
+                        for first in progress(firsts, "buffer", unit="batch"))
+                buffer = collect_buffer(model, settings, TRAIN_PROMPTS, buffer_reward, rngs)
+                buffer = buffer[: settings.buffer_groups]
                 save_whole(buffer, file)
             method = replace(settings, tau=settings.buffer_tau)
             iteration = partial(iterate_buffered, method=method, buffer=buffer)
-        adapters[name], new = train(name, model, settings, lr, iteration, reward, folder)
-        rows += new
+        adapters[name], trainings[name] = train(name, model, settings, lr, iteration, reward,
+                                                folder)
     models, chosen = {"base": None} | adapters, ""
     if not settings.method:
-        semi, on = adapters["semi"], adapters["on-policy"]
-        merges = {f"s = {s:g}": merge_adapters((semi, 1.0), (on, s)) for s in settings.sweep}
-        models = {"base": None, "semi": semi} | merges | {"on-policy": on}
+        semi, on_policy = adapters["semi"], adapters["on-policy"]
+        merges = {f"s = {s:g}": merge_adapters((semi, 1.0), (on_policy, s)) for s in settings.sweep}
+        models = {"base": None, "semi": semi} | merges | {"on-policy": on_policy}
     bar = progress(models.items(), desc="judging", unit="model")
     samples = settings.judge_samples
     clips, scores = judge_models(bar, model, reward, settings, samples, "judging")
@@ -1227,7 +1238,7 @@ def run(settings: Settings) -> int:
         if RANK == 0:
             models[chosen].save(folder / "merged", model)
     write_report(folder, settings, clips, judged, time.perf_counter() - began, chosen)
-    return check_numbers(rows, judged)
+    return check_numbers(trainings, judged)
 
 
 def write_sample(settings: Settings) -> int:
@@ -1241,7 +1252,7 @@ def write_sample(settings: Settings) -> int:
     with torch.no_grad(), adapter.on(model) if adapter else nullcontext():
         clips = sample(model, [settings.sample] * settings.samples, noise)
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_gif([clips], file, settings.samples, scale=8)
+    save_gif(clips, file, settings.samples, scale=8)
     print(f"wrote {file}")
     return 0
 

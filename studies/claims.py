@@ -2,7 +2,7 @@
 
 Appends to results.csv (the final table of each run) and curves.csv (scores along training), or to
 base.csv, entropy.csv or cost.csv, in --out, by default this folder. What is there is not run again.
-"base" describes the generators, "settings" changes one setting at a time.
+"base" measures the base, "settings" changes one setting at a time.
 """
 
 import csv
@@ -13,14 +13,15 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from arcopo import Parser, exit_code
+from arcopo import Parser
 from reward import UserError
+from studies.common import HERE, program, read
 
-HERE = Path(__file__).resolve().parent
 ON = "python arcopo.py --method on-policy --seed S --steps"
 SEMI = "python arcopo.py --method semi --seed S --steps 100 --judge-every 10"
 SDE = "python -m studies.sde_grpo --seed S --steps"
 RECIPE = "python -m studies.merging --seed S --steps 100 --sweep 0.4,0.6,0.8,1,1.5,2"
+MEASURE = "python -m studies.measure --seed S --what"
 DISTILLED = "--timesteps 1,0.5,0.25,0.1"        # at which the student was distilled
 SEPARATE = "base", "entropy", "cost"            # runs that write a CSV of this name, and no other
 
@@ -33,16 +34,15 @@ class Run(NamedTuple):
 
 
 RUNS = [
-    *(Run("base", "base", f"python -m studies.base --seed S{base}", (0, 1, 2)) for base in (
-        "", " --base assets/teacher.safetensors", " --base assets/right-captions.safetensors")),
-    Run("C1", "entropy", "python -m studies.entropy --seed S"),
-    Run("C1", "entropy", f"python -m studies.entropy --seed S {DISTILLED}"),
+    Run("base", "base", f"{MEASURE} base"),
+    Run("C1", "entropy", f"{MEASURE} entropy"),
+    Run("C1", "entropy", f"{MEASURE} entropy {DISTILLED}"),
     Run("C2", "AR-CoPO", f"{ON} 60 --anchors 12 --lr 2e-4"),
     Run("C2", "SDE-GRPO", f"{SDE} 60"),
     Run("C2", "AR-CoPO, distilled times", f"{ON} 60 --anchors 12 --lr 2e-4 {DISTILLED}"),
     Run("C2", "SDE-GRPO, distilled times", f"{SDE} 60 {DISTILLED}"),
     Run("C3 C6", "recipe", RECIPE),
-    Run("C6", "recipe, on-policy without TA", f"{RECIPE} --reward vq=1,mq=1", (0, 1, 2)),
+    Run("C6", "recipe, on-policy without TA", f"{RECIPE} --reward vq=1,mq=1"),
     Run("C4", "TA alone", f"{ON} 100 --reward ta=1 --judge-every 10"),
     Run("C4", "TA alone, 4 times the rate", f"{ON} 100 --reward ta=1 --judge-every 10 --lr 4e-4"),
     Run("C4 C5", "semi", SEMI),
@@ -52,17 +52,12 @@ RUNS = [
     Run("C5", "off-policy, 25 times the rate", f"{SEMI} --buffer-lr 5e-4 --clip-range inf"),
     Run("C7", "flow matching", f"{ON} 60 --base assets/teacher.safetensors"),
     Run("C7", "right captions", f"{ON} 60 --base assets/right-captions.safetensors"),
-    Run("C8", "cost", "python -m studies.cost --seed S", (0, 1, 2)),
+    Run("C8", "cost", f"{MEASURE} cost"),
     *(Run("settings", change, f"{ON} 60 {change}".strip(), (0, 1, 2)) for change in (
         "", "--sigma 0.25", "--sigma 1", "--group 6", "--group 24", "--anchors 1", "--anchors 12",
         "--clip-range 1e-3", "--updates 1", "--floor 0.3", "--lr 2e-4", "--lr 4e-4",
         "--reward ta=1,vq=1,mq=1", "--reward vq=1")),
 ]
-
-
-def read(file: Path) -> list[dict]:
-    text = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return list(csv.DictReader(text))
 
 
 def append_rows(file: Path, new: list[dict]) -> None:
@@ -94,7 +89,8 @@ def execute(out: Path, run: Run, seed: int, extra: list[str]) -> None:
     words = [str(seed) if word == "S" else word for word in shlex.split(run.command)[1:]]
     words = [sys.executable, *words, "--out", str(folder.absolute()), *extra]
     print("$", shlex.join(words), flush=True)
-    subprocess.run(words, cwd=HERE.parent, check=True)
+    if subprocess.run(words, cwd=HERE.parent).returncode:
+        raise UserError(f"{shlex.join(words)}: failed")
     about = {"run": run.name, "command": run.command, "seed": seed}
     for file in sorted(folder.glob("*-curve.csv")):
         training = {"training": file.name.removesuffix("-curve.csv")}
@@ -103,31 +99,26 @@ def execute(out: Path, run: Run, seed: int, extra: list[str]) -> None:
     append_rows(result(out, run), [about | row for row in read(found)])     # last: done looks here
 
 
+def study(args) -> None:
+    known = {claim for run in RUNS for claim in run.claims.split()}
+    if not set(args.claims) <= known:
+        raise UserError(f"{' '.join(args.claims)}: expected claims of {', '.join(sorted(known))}")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for run in RUNS:
+        for seed in run.seeds or range(args.seeds):
+            if set(run.claims.split()) & set(args.claims) and not done(out, run, seed):
+                execute(out, run, seed, args.extra)
+
+
 def main(arguments: list | None = None) -> int:
-    try:
-        parser = Parser(description=__doc__.split("\n\n")[0])
-        parser.add_argument("claims", nargs="+", metavar="CLAIM",
-                            help="base, C1 ... C8, settings")
-        parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1 [5]")
-        parser.add_argument("--out", default=str(HERE), help="folder of the CSVs [studies]")
-        parser.add_argument("--extra", type=shlex.split, default=[],
-                            help="settings added to each command")
-        args = parser.parse_args(arguments and [str(a) for a in arguments])
-        known = {claim for run in RUNS for claim in run.claims.split()}
-        if not set(args.claims) <= known:
-            raise UserError(f"{' '.join(args.claims)}: expected claims of "
-                            f"{', '.join(sorted(known))}")
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        for run in RUNS:
-            for seed in run.seeds or range(args.seeds):
-                if set(run.claims.split()) & set(args.claims) and not done(out, run, seed):
-                    execute(out, run, seed, args.extra)
-        return 0
-    except subprocess.CalledProcessError as error:
-        return exit_code(UserError(f"{error.cmd}: failed with exit code {error.returncode}"))
-    except BaseException as error:
-        return exit_code(error)
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("claims", nargs="+", metavar="CLAIM", help="base, C1 ... C8, settings")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1 [5]")
+    parser.add_argument("--out", default=str(HERE), help="folder of the CSVs [studies]")
+    parser.add_argument("--extra", type=shlex.split, default=[],
+                        help="settings added to each command")
+    return program(study, parser, arguments)
 
 
 if __name__ == "__main__":

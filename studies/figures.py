@@ -9,23 +9,17 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-try:
-    import matplotlib
-except ModuleNotFoundError:
-    print("figures: matplotlib is missing; pip install matplotlib", file=sys.stderr)
-    sys.exit(2)
-matplotlib.use("Agg")
 import imageio.v3 as iio
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from arcopo import (Adapter, Parser, Settings, branch_noise, choose_strength, draw_noise, exit_code,
-                    fork, group_advantages, load, load_generator, sample, seeded)
+from arcopo import (Adapter, Parser, Settings, branch_noise, choose_strength, draw_noise, fork,
+                    group_advantages, load, load_generator, sample, seeded)
 from reward import HELD_OUT_PROMPTS, judge
-from studies.tables import rows_of
+from studies.common import HERE, program
+from studies.tables import TEXT_ALONE, changes, rows_of
 
-HERE = Path(__file__).resolve().parent
 TITLES = {"reward": "reward", "judge": "judge", "area": "area of the shape, px²",
           "all_right": "share of clips all right", "ta": "TA"}
 COLOURS = {"on-policy": "tab:red", "semi": "tab:blue", "merged": "tab:purple",
@@ -36,13 +30,11 @@ COLUMNS = "reward", "judge", "all_right", "area"
 SIZE = {"font.size": 13, "axes.titlesize": 14, "legend.fontsize": 11}
 
 
-def changes(rows: list[dict], base: list[dict], x: str, y: str) -> dict[float, list[float]]:
-    """{place on the x axis: change of y from the base of the same seed, for each seed}."""
-    start = {row["seed"]: float(row[y]) for row in base}
-    found = {}
-    for row in rows:
-        found.setdefault(float(row[x]), []).append(float(row[y]) - start[row["seed"]])
-    return dict(sorted(found.items()))
+def changes_by(x: str, rows: list[dict], base: list[dict], column: str) -> dict:
+    """{place on the x axis: changes of a score from the base of the same seed}."""
+    places = sorted({float(row[x]) for row in rows})
+    return {place: changes([row for row in rows if float(row[x]) == place], base, column)
+            for place in places}
 
 
 def band(axes, points: dict[float, list[float]], label: str, line: str = "-") -> None:
@@ -59,7 +51,7 @@ def band(axes, points: dict[float, list[float]], label: str, line: str = "-") ->
 def along(run: str, training: str, column: str) -> dict[float, list[float]]:
     """Changes of a score since iteration 0."""
     rows = rows_of("curves.csv", run=run, training=training)
-    return changes(rows, [row for row in rows if row["step"] == "0"], "step", column)
+    return changes_by("step", rows, [row for row in rows if row["step"] == "0"], column)
 
 
 def curves():
@@ -85,11 +77,11 @@ def tradeoff():
                   if r["model"] == "semi" or r["model"].startswith("s = ")]
         scaled = [r | {"s": r["model"].partition(" x ")[2] or "1"} for r in rows
                   if r["model"].startswith("on-policy")] + [r | {"s": "0"} for r in base]
-        better = {column: changes(merged, base, "s", column) for column in ("reward", "judge")}
-        both = {s: (mean(better["reward"][s]), mean(better["judge"][s])) for s in better["judge"]}
+        points = {column: changes_by("s", merged, base, column) for column in COLUMNS}
+        both = {s: (mean(points["reward"][s]), mean(points["judge"][s])) for s in points["judge"]}
         for axes, column in zip(row, COLUMNS):
-            band(axes, changes(merged, base, "s", column), "merged")
-            band(axes, changes(scaled, base, "s", column), "on-policy, scaled", "--")
+            band(axes, points[column], "merged")
+            band(axes, changes_by("s", scaled, base, column), "on-policy, scaled", "--")
             axes.axvline(choose_strength(both, (0, 0)), color="black", linewidth=1, linestyle="--",
                          label="s by the rule of Sec. 4.4")
             axes.set(title=f"Δ {TITLES[column]}", xlabel="strength s")
@@ -101,14 +93,10 @@ def tradeoff():
 def ta():
     """C4 and C5: trainings on TA alone. Collapse leaves the plots."""
     figure, plots = plt.subplots(1, 4, figsize=(16, 4.4), layout="constrained")
-    lines = {"on-policy": ("TA alone", "on-policy"),
-             "on-policy, 4 times the rate": ("TA alone, 4 times the rate", "on-policy"),
-             "semi": ("semi", "semi"),
-             "semi, 25 times the rate": ("semi, 25 times the rate", "semi"),
-             "off-policy, 25 times the rate": ("off-policy, 25 times the rate", "semi")}
     limits = {"ta": (-0.12, 0.12), "judge": (-0.1, 0.08), "all_right": (-0.3, 0.15)}
-    for label, pair in lines.items():
-        points = {column: along(*pair, column) for column in limits}
+    for label in ("on-policy", "on-policy, 4 times the rate", "semi", "semi, 25 times the rate",
+                  "off-policy, 25 times the rate"):
+        points = {column: along(*TEXT_ALONE[label], column) for column in limits}
         for axes, column in zip(plots, limits):
             band(axes, points[column], label)
             axes.set(title=f"Δ {TITLES[column]}", xlabel="iteration", ylim=limits[column])
@@ -120,9 +108,15 @@ def ta():
     return figure
 
 
-def image(frame: torch.Tensor) -> np.ndarray:
-    """[3, H, W] in [0, 1] -> what imshow takes."""
-    return frame.permute(1, 2, 0).clamp(0, 1).numpy()
+def show(axes, frame: torch.Tensor) -> None:
+    """A frame [3, H, W] in [0, 1]."""
+    axes.imshow(frame.permute(1, 2, 0).clamp(0, 1).numpy())
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def tick(axes, right: bool, size: int) -> None:
+    axes.text(1, 5, "✓" if right else "✗", color="white", fontsize=size)
 
 
 def fork_picture():
@@ -142,15 +136,12 @@ def fork_picture():
     order = scores.argsort(descending=True)
     figure, plots = plt.subplots(2, len(clips), figsize=(16, 3.6), layout="constrained")
     for column, i in enumerate(order):
-        for axes, frame, name in ((plots[0, column], 2, "pivot\nchunk"), (plots[1, column], 11,
-                                                                         "end of\nthe clip")):
-            axes.imshow(image(clips[i, frame]))
-            axes.set_xticks([])
-            axes.set_yticks([])
-            if column == 0:
-                axes.set_ylabel(name)
+        show(plots[0, column], clips[i, 2])
+        show(plots[1, column], clips[i, 11])
+        tick(plots[1, column], right[i], 12)
         plots[0, column].set_title(f"r {scores[i]:+.2f}\nA {advantages[i]:+.2f}")
-        plots[1, column].text(1, 5, "✓" if right[i] else "✗", color="white", fontsize=12)
+    plots[0, 0].set_ylabel("pivot\nchunk")
+    plots[1, 0].set_ylabel("end of\nthe clip")
     figure.suptitle(f"“{prompt}”: one initial noise, {len(clips)} neighbours; all other noise is "
                     "shared. Sorted by reward r; A: advantage; tick: all right")
     return figure
@@ -171,10 +162,8 @@ def moving_picture(run: Path, file: Path) -> None:
         figure, plots = plt.subplots(2, len(chosen), figsize=(8.3, 2.6), dpi=100)
         for row, (name, own) in zip(plots, clips.items()):
             for axes, i in zip(row, chosen):
-                axes.imshow(image(own[i, f]))
-                axes.set_xticks([])
-                axes.set_yticks([])
-                axes.text(1, 5, "✓" if right[name][i] else "✗", color="white", fontsize=11)
+                show(axes, own[i, f])
+                tick(axes, right[name][i], 11)
             row[0].set_ylabel(name, fontsize=13)
         for axes, i in zip(plots[1], chosen):
             colour, shape, *motion = prompts[i].removeprefix("a ").split()
@@ -186,34 +175,30 @@ def moving_picture(run: Path, file: Path) -> None:
     iio.imwrite(file, np.stack(frames), extension=".gif", duration=150, loop=0)
 
 
-PLOTS = {"curves.png": curves, "tradeoff.png": tradeoff, "ta.png": ta}
-
-
 def save(figure, file: Path) -> None:
     figure.savefig(file, dpi=80, metadata={"Software": None})
     plt.close(figure)
-    print(f"wrote {file}")
+
+
+def study(args) -> None:
+    plt.switch_backend("agg")           # needs no display
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(SIZE):
+        for draw in (curves, tradeoff, ta):
+            save(draw(), out / f"{draw.__name__}.png")
+        if args.run:
+            save(fork_picture(), out / "fork.png")
+    if args.run:
+        moving_picture(Path(args.run), out / "clips.gif")
+    print(f"wrote {out}")
 
 
 def main(arguments: list | None = None) -> int:
-    try:
-        parser = Parser(description=__doc__.split("\n\n")[0])
-        parser.add_argument("--out", default=str(HERE.parent / "assets"), help="folder [assets]")
-        parser.add_argument("--run", help="a run of the recipe; draws fork.png and clips.gif too")
-        args = parser.parse_args(arguments and [str(a) for a in arguments])
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        with plt.rc_context(SIZE):
-            for name, draw in PLOTS.items():
-                save(draw(), out / name)
-            if args.run:
-                save(fork_picture(), out / "fork.png")
-        if args.run:
-            moving_picture(Path(args.run), out / "clips.gif")
-            print(f"wrote {out / 'clips.gif'}")
-        return 0
-    except BaseException as error:
-        return exit_code(error)
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", default=str(HERE.parent / "assets"), help="folder [assets]")
+    parser.add_argument("--run", help="a run of the recipe; draws fork.png and clips.gif too")
+    return program(study, parser, arguments)
 
 
 if __name__ == "__main__":

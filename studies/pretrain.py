@@ -1,38 +1,129 @@
-"""Train the base in assets/ from nothing: python -m studies.pretrain --precision bf16
+"""Train what is in assets/ from nothing: python -m studies.pretrain --precision bf16
 
-Stage 1, teacher.safetensors: flow matching with teacher forcing. Stage 2, base.safetensors: the
-teacher's ODE distilled to a few-step consistency model, along the student's own sampler path and
-half behind its own chunks (in place of Self-Forcing's DMD loss). Both end as a moving average of
-the weights. Of a share of the clips the caption is wrong (wrong_captions). EVIDENCE.md says how
-long it takes. An interrupted run resumes.
+First the CLIP, clip/. Then the teacher, teacher.safetensors: flow matching with teacher forcing.
+Then the student, base.safetensors: the teacher's ODE distilled to a few-step consistency model,
+along the student's own sampler path and half behind its own chunks (in place of Self-Forcing's DMD
+loss). Teacher and student end as a moving average of the weights. Of a share of the clips the
+caption is wrong (wrong_captions). EVIDENCE.md says how long it takes. An interrupted run resumes.
 """
 
 import functools
 import json
+import math
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from arcopo import (TIMESTEPS, Generator, Parser, choose_device, denoise, draw_noise, exit_code,
-                    save_whole, seeded, write_csv)
-from reward import CHUNK_FRAMES, CHUNKS, TRAIN_PROMPTS, UserError, attributes, make_clips
-from studies.train_clip import muon_and_adamw, step_with
+from arcopo import (TIMESTEPS, Generator, Parser, choose_device, denoise, draw_noise, save_whole,
+                    seeded, write_csv)
+from reward import (CHUNK_FRAMES, CHUNKS, COLOURS, FRAMES, MOTIONS, SHAPES, SIZE, TRAIN_PROMPTS,
+                    WORDINGS, UserError, attributes, make_clips, prompt_of, worded)
+from studies.common import program
 
-FLOW_TIMESTEPS = (1.0, 0.9, 0.75, 0.6, 0.4, 0.2)  # the teacher's Euler steps
-DISTILLED_AT = (1.0, 0.5, 0.25, 0.1)  # the student's sampler times in training
-EMA, SAVE_EVERY = 0.998, 100
-COUNTS = {"teacher_steps": (4000, "steps of flow matching"),
-          "student_steps": (1200, "steps of distillation"), "batch": (32, "clips in a batch"),
-          "width": (256, "width of the transformer"), "layers": (5, "its layers"),
-          "heads": (4, "its attention heads")}
+FLOW_TIMESTEPS = 1.0, 0.9, 0.75, 0.6, 0.4, 0.2      # the teacher's Euler steps
+DISTILLED_AT = 1.0, 0.5, 0.25, 0.1                  # the student's sampler times in training
+BATCH, EMA, SAVE_EVERY = 32, 0.998, 100
+CLIP_CONFIG = {
+    "model_cfg": {
+        "embed_dim": 64,
+        "vision_cfg": {"image_size": SIZE, "layers": [1, 1, 1, 1], "width": 16},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2,
+                     "layers": 2}},
+    "preprocess_cfg": {"mean": [0.1] * 3, "std": [0.25] * 3}}
+RADII = 3.0, 8.0        # px; wider than in the world (4 to 5.5)
 
+
+def muon_and_adamw(model: torch.nn.Module, hidden: list[Tensor]) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden matrices, AdamW for the rest."""
+    chosen = {id(p) for p in hidden}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [torch.optim.Muon(hidden, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0)]
+
+
+class NoBfloat16(TorchFunctionMode):
+    """torch's Muon orthogonalizes in bfloat16, which takes 150 times as long as float32 on a CPU
+    without bfloat16 instructions."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is Tensor.bfloat16:
+            return args[0].clone()
+        return function(*args, **(kwargs or {}))
+
+
+def step_with(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    for optimizer in optimizers:
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = lr
+        with NoBfloat16():
+            optimizer.step()
+
+
+# ------------------------------------------------------------------ the CLIP
+
+def draw_pairs(quality: str | None, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+    """Frames [N, 3, SIZE, SIZE] and captions, which name the quality if there is one: of each
+    colour and shape with a random motion, if that is a training prompt."""
+    motions = torch.randint(len(MOTIONS), (len(COLOURS), len(SHAPES)), generator=generator)
+    drawn = [prompt_of(c, s, motions[c, s]) for c in range(len(COLOURS))
+             for s in range(len(SHAPES))]
+    prompts = [prompt for prompt in drawn if prompt in TRAIN_PROMPTS]
+    clips = make_clips(prompts, generator, quality, RADII)
+    frame = torch.randint(FRAMES, (len(clips),), generator=generator)
+    captions = [worded(prompt, quality) if quality else prompt for prompt in prompts]
+    return clips[torch.arange(len(clips)), frame], captions
+
+
+def train_clip(out: Path, steps: int, seed: int) -> None:
+    """Train a tiny CLIP on frames and captions of the world, and write it in open_clip's format.
+
+    Each caption occurs once in a batch, so no pair is a false negative. Even steps name the quality
+    ("a dim red circle moving up"), odd steps do not. Captions name the motion, as prompts do, but
+    no single frame shows it. Small changes of brightness and light noise keep "sharp" from meaning
+    "without any error".
+    """
+    import open_clip
+
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "open_clip_config.json").write_text(json.dumps(CLIP_CONFIG, indent=1) + "\n")
+    model = open_clip.create_model(f"local-dir:{out}", load_weights=False)
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")
+    mean, std = (CLIP_CONFIG["preprocess_cfg"][name][0] for name in ("mean", "std"))
+    hidden = [p for name, p in model.named_parameters() if "resblocks" in name and p.ndim == 2]
+    optimizers = muon_and_adamw(model, hidden)
+    for step in tqdm(range(steps), desc="clip", unit="step"):
+        pairs = [draw_pairs(kind, generator) for kind in (WORDINGS if step % 2 == 0 else (None,))]
+        images = torch.cat([frames for frames, _ in pairs])
+        tokens = tokenizer([caption for _, captions in pairs for caption in captions])
+        gain, sigma = torch.rand(2, len(images), 1, 1, 1, generator=generator)
+        noise = torch.randn(images.shape, generator=generator)
+        images = (images * (0.9 + 0.2 * gain) + 0.05 * sigma * noise).clamp(0, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            image = model.encode_image((images - mean) / std, normalize=True)
+            text = model.encode_text(tokens, normalize=True)
+        logits = model.logit_scale.exp() * image.float() @ text.float().T
+        target = torch.arange(len(logits))
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        model.zero_grad()
+        loss.backward()
+        step_with(optimizers, 2e-3 * min(1, (step + 1) / 30, 2 * (1 - step / steps)))
+        model.logit_scale.data.clamp_(0, math.log(100))
+    weights = {name: t.half() if t.is_floating_point() else t
+               for name, t in model.state_dict().items()}
+    save_file(weights, out / "open_clip_model.safetensors")
+
+
+# ------------------------------------------------------------------ the generators
 
 def encode(clips: Tensor) -> Tensor:
     """[N, FRAMES, 3, SIZE, SIZE] in [0, 1] -> latents [N, L, *chunk_shape]."""
@@ -42,12 +133,9 @@ def encode(clips: Tensor) -> Tensor:
 @functools.cache
 def differing(prompt: str, attribute: int) -> list[str]:
     """The training prompts that differ from prompt in this attribute alone: 0 colour, 1 shape."""
-    own = attributes([prompt])[0].tolist()
-    found = []
-    for other, triple in zip(TRAIN_PROMPTS, attributes(TRAIN_PROMPTS).tolist()):
-        if [i for i in range(3) if triple[i] != own[i]] == [attribute]:
-            found.append(other)
-    return found
+    differs = attributes(TRAIN_PROMPTS) != attributes([prompt])         # [prompts, 3]
+    alone = differs[:, attribute] & (differs.sum(1) == 1)
+    return [TRAIN_PROMPTS[i] for i in alone.nonzero()[:, 0]]
 
 
 def wrong_captions(captions: list[str], share: float, generator: torch.Generator) -> list[str]:
@@ -56,7 +144,7 @@ def wrong_captions(captions: list[str], share: float, generator: torch.Generator
     Captions scraped from the web are unreliable; it leaves alignment something to correct.
     """
     if share == 0:
-        return captions
+        return captions             # and draw no random numbers
     shown = []
     draws = torch.rand(len(captions), 3, generator=generator).tolist()
     for caption, (wrong, kind, pick) in zip(captions, draws):
@@ -69,14 +157,13 @@ def wrong_captions(captions: list[str], share: float, generator: torch.Generator
     return shown
 
 
-def draw_batch(model: Generator, batch: int, generator: torch.Generator,
-               wrong: float = 0.0) -> tuple:
+def draw_batch(model: Generator, wrong: float, generator: torch.Generator) -> tuple:
     """Prompts, a share of them wrong, clean clips [N, L, *chunk_shape], and the same with slight
     noise, as the past."""
-    index = torch.randint(len(TRAIN_PROMPTS), (batch,), generator=generator)
+    index = torch.randint(len(TRAIN_PROMPTS), (BATCH,), generator=generator)
     prompts = [TRAIN_PROMPTS[i] for i in index]
     clean = encode(make_clips(wrong_captions(prompts, wrong, generator), generator))
-    u = 0.1 * torch.rand(batch, CHUNKS, 1, 1, 1, 1, generator=generator)
+    u = 0.1 * torch.rand(BATCH, CHUNKS, 1, 1, 1, 1, generator=generator)
     past = (1 - u) * clean + u * torch.randn(clean.shape, generator=generator)
     return prompts, clean.to(model.device), past.to(model.device)
 
@@ -103,40 +190,38 @@ def predict_all(model: Generator, x_t: Tensor, t: Tensor, before: list) -> Tenso
     return torch.stack(chunks, 1)
 
 
-def flow_matching_loss(model: Generator, batch: int, generator: torch.Generator,
-                       wrong: float = 0.0) -> Tensor:
+def flow_matching_loss(model: Generator, wrong: float, generator: torch.Generator) -> Tensor:
     """The error of v = (x_t - x₀)/t, t >= 0.05 in the denominator, behind real past chunks."""
-    prompts, clean, past = draw_batch(model, batch, generator, wrong)
+    prompts, clean, past = draw_batch(model, wrong, generator)
     noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-    t = torch.sigmoid(0.6 + 1.1 * torch.randn(clean.shape[:2], generator=generator))
-    t = t.to(clean.device)
+    t = torch.sigmoid(0.6 + 1.1 * torch.randn(clean.shape[:2], generator=generator)).to(noise)
     level = t[..., None, None, None, None]
     x_t = (1 - level) * clean + level * noise
     prediction = predict_all(model, x_t, t, contexts(model, past, prompts))
     return ((prediction - clean) / level.clamp_min(0.05)).square().mean()
 
 
-def distillation_loss(student: Generator, teacher: Generator, batch: int,
-                      generator: torch.Generator, wrong: float = 0.0) -> Tensor:
+def distillation_loss(student: Generator, wrong: float, generator: torch.Generator,
+                      teacher: Generator) -> Tensor:
     """The student's prediction at a random step of its own sampler, against the end of the
     teacher's ODE from the same initial noise behind the same past.
 
     The target does not depend on the solver noise: the student learns to ignore it. Half of the
     clips are behind the student's own chunks, half behind real ones.
     """
-    prompts, _, past = draw_batch(student, batch, generator, wrong)
-    noise = draw_noise(student, batch, generator)
+    prompts, _, past = draw_batch(student, wrong, generator)
+    noise = draw_noise(student, BATCH, generator)
     times = torch.tensor(student.timesteps, device=student.device)
-    rows, states, targets = torch.arange(batch), [], []
-    step = torch.randint(len(times), (batch, CHUNKS), generator=generator)
+    step = torch.randint(len(times), (BATCH, CHUNKS), generator=generator)
+    states, targets = [], []
     with torch.no_grad():
         before, teachers = student.begin(prompts), teacher.begin(prompts)
         for p in range(CHUNKS):
-            x_t, points = denoise(student, before, noise.initial[:, p], noise.solver[:, p])
-            none = noise.solver[:, p, :0]
-            targets.append(denoise(teacher, teachers, noise.initial[:, p], none)[1][:, -1])
-            states.append(x_t[rows, step[:, p]])
-            past[:batch // 2, p] = points[:batch // 2, -1]
+            initial, solver = noise.initial[:, p], noise.solver[:, p]
+            x_t, x0 = denoise(student, before, initial, solver)
+            targets.append(denoise(teacher, teachers, initial, solver)[1][-1])
+            states.append(torch.stack(x_t, 1)[torch.arange(BATCH), step[:, p]])
+            past[:BATCH // 2, p] = x0[-1][:BATCH // 2]
             before = student.extend(before, past[:, p])
             teachers = teacher.extend(teachers, past[:, p])
     x_t, target = torch.stack(states, 1), torch.stack(targets, 1)
@@ -162,71 +247,56 @@ def fit(stage: str, model: Generator, loss_of: Callable, steps: int, lr: float, 
         rows = saved["rows"]
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-    write_csv(folder / f"{stage}.csv", rows)
-    bar = tqdm(range(len(rows), steps), stage, initial=len(rows), total=steps, unit="step")
-    for step in bar:
-        began = time.perf_counter()
+    for step in tqdm(range(len(rows), steps), stage, initial=len(rows), total=steps, unit="step"):
         with torch.autocast(model.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            loss = loss_of(model, args.batch, seeded(args.seed, stage, step), args.wrong_captions)
+            loss = loss_of(model, args.wrong_captions, seeded(args.seed, stage, step))
         model.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         step_with(optimizers, lr * min(1, (step + 1) / 50, 2 * (1 - step / steps)))
         average.update_parameters(model)
-        rows.append({"step": step + 1, "loss": loss.item(), "grad_norm": norm.item(),
-                     "seconds": time.perf_counter() - began})
-        write_csv(folder / f"{stage}.csv", rows[-1:], "a")
-        bar.set_postfix(loss=f"{rows[-1]['loss']:.4f}")
+        rows.append({"step": step + 1, "loss": loss.item()})
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             states = {name: part.state_dict() for name, part in parts.items()}
             save_whole(states | {"about": about, "rows": rows}, checkpoint)
+            write_csv(folder / f"{stage}.csv", rows)
     model.load_state_dict(average.module.state_dict())
 
 
-def pretrain(args) -> int:
-    """Both stages -> teacher.safetensors, base.safetensors in args.out."""
+def pretrain(args) -> None:
+    """clip/, teacher.safetensors and base.safetensors in args.out."""
+    steps = args.clip_steps, args.teacher_steps, args.student_steps
+    if min(steps) < 1 or not 0 <= args.wrong_captions <= 1:
+        raise UserError("expected steps of 1 or more and --wrong-captions from 0 to 1")
     folder, device = Path(args.out), choose_device(args.device)
+    if not (folder / "clip" / "open_clip_model.safetensors").exists():
+        train_clip(folder / "clip", args.clip_steps, args.seed)
     torch.manual_seed(args.seed)
-    shape = {name: getattr(args, name) for name in ("width", "layers", "heads")}
-    folder.mkdir(parents=True, exist_ok=True)
-    teacher = Generator(**shape, timesteps=FLOW_TIMESTEPS, flow=True).to(device)
+    teacher = Generator(timesteps=FLOW_TIMESTEPS, flow=True).to(device)
     fit("teacher", teacher, flow_matching_loss, args.teacher_steps, 2e-3, args)
     save_generator(teacher, folder / "teacher.safetensors")
-    student = Generator(**shape, timesteps=DISTILLED_AT).to(device)
+    student = Generator(timesteps=DISTILLED_AT).to(device)
     student.load_state_dict(teacher.state_dict())
-    teacher.requires_grad_(False)
-    loss = lambda model, *rest: distillation_loss(model, teacher, *rest)
-    fit("student", student, loss, args.student_steps, 5e-4, args)
+    loss_of = functools.partial(distillation_loss, teacher=teacher.requires_grad_(False))
+    fit("student", student, loss_of, args.student_steps, 5e-4, args)
     student.timesteps = TIMESTEPS
     save_generator(student, folder / "base.safetensors")
-    print(f"wrote {folder}/base.safetensors; use it with arcopo.py --base")
-    return 0
+    print(f"wrote {folder}; use it with arcopo.py --base {folder}/base.safetensors "
+          f"--clip {folder}/clip")
 
 
-def parse(arguments: list | None = None):
+def main(arguments: list | None = None) -> int:
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", default="runs/pretrain", help="folder to write, or to continue")
-    for name, (default, text) in COUNTS.items():
-        parser.add_argument("--" + name.replace("_", "-"), type=int, default=default,
-                            help=f"{text} [{default}]")
+    parser.add_argument("--clip-steps", type=int, default=600, help="of the CLIP [600]")
+    parser.add_argument("--teacher-steps", type=int, default=4000, help="of flow matching [4000]")
+    parser.add_argument("--student-steps", type=int, default=1200, help="of distillation [1200]")
     parser.add_argument("--wrong-captions", type=float, default=0.3,
                         help="share of clips of another colour or shape than the caption's [0.3]")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random [0]")
     parser.add_argument("--device", default="auto", help="cpu, cuda ...; auto: cuda if there")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
-    args = parser.parse_args(arguments and [str(a) for a in arguments])
-    if min(getattr(args, name) for name in COUNTS) < 1 or args.width % args.heads:
-        raise UserError("counts must be 1 or more, and --width a multiple of --heads")
-    if not 0 <= args.wrong_captions <= 1:
-        raise UserError(f"--wrong-captions {args.wrong_captions}: must be from 0 to 1")
-    return args
-
-
-def main(arguments: list | None = None) -> int:
-    try:
-        return pretrain(parse(arguments))
-    except BaseException as error:
-        return exit_code(error)
+    return program(pretrain, parser, arguments)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from arcopo import (Adapter, Fork, Generator, Method, Noise, Settings, average_, check_numbers,
                     clipped_objective, command, draw_noise, fork, group_advantages, judge_models,
                     judged_rows, load_generator, metrics, neighbor_noise, option, replay,
-                    reward_metrics, rewarded, start, train, write_report)
+                    reward_metrics, score_branches, start, train, write_report)
 from reward import TRAIN_PROMPTS, UserError
 
-USED = set("""group updates prompts clip_range quasi_norm floor steps lr rank alpha out resume base
-           timesteps seed device reward clip judge_prompts judge_samples judge_every""".split())
+USED = set("""group updates prompts clip_range floor steps lr rank alpha out resume base timesteps
+           seed device reward clip judge_prompts judge_samples judge_every""".split())
 
 
 @dataclass
@@ -33,12 +33,6 @@ class SdeSettings(Settings):
     clip_range: float = option(1.2e-5, "ε of the ratio clip; inf: none")
 
 
-def gaussian_log_density(x: Tensor, mean: Tensor, std: float | Tensor) -> Tensor:
-    """log N(x; mean, std²), element by element; all broadcast."""
-    std = torch.as_tensor(std)
-    return -((x - mean) / std).square() / 2 - std.log() - math.log(2 * math.pi) / 2
-
-
 def branch_noise(noise: Noise, pivot: int, group: int,
                  rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """As arcopo.branch_noise, but the initial noise is shared and the solver noise redrawn."""
@@ -46,25 +40,12 @@ def branch_noise(noise: Noise, pivot: int, group: int,
     return initial, neighbor_noise(noise.solver[:, pivot], 1.0, group, rng).transpose(0, 1)
 
 
-@torch.no_grad()
-def explore(model: Generator, method: Method, prompts: list[str], reward: Callable,
-            rng: torch.Generator) -> tuple[Fork, dict[str, Tensor]]:
-    """As arcopo.explore, but the branches of a group differ in the pivot's solver noise alone."""
-    P, G = method.prompts, method.group
-    chosen = [prompts[i] for i in torch.randperm(len(prompts), generator=rng)[:P]]
-    pivot = int(torch.randint(model.chunks, (), generator=rng))
-    noise = draw_noise(model, P, rng)
-    own = branch_noise(noise, pivot, G, rng)
-    branches, clips = fork(model, chosen, pivot, noise, *own)
-    return branches, rewarded(branches, clips, reward)
-
-
 def log_densities(model: Generator, branches: Fork, x0: Tensor) -> Tensor:
     """log N(x_t; (1-t) x̂₀, t² I) of each branch's own re-noising, a mean over elements as in
     Flow-GRPO's code. x0 [P, T - 1, G, *chunk_shape] -> [P, T - 1, G]."""
     t = torch.tensor(model.timesteps[1:], device=x0.device).view(-1, 1, 1)
-    reached = branches.states[:, 1:].flatten(3)
-    return gaussian_log_density(reached, (1 - t) * x0.flatten(3), t).mean(-1)
+    z = (branches.states[:, 1:].flatten(3) - (1 - t) * x0.flatten(3)) / t
+    return (-z.square() / 2 - t.log() - math.log(2 * math.pi) / 2).mean(-1)
 
 
 def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer, branches: Fork,
@@ -72,7 +53,7 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
     """As arcopo.update on-policy, with the Gaussian policy in place of the contrastive one."""
     T, G = len(model.timesteps), method.group
     every = torch.cartesian_prod(torch.arange(T - 1), torch.arange(G)).to(model.device)
-    advantages = group_advantages(rewards, method.quasi_norm, method.floor)[:, None]
+    advantages = group_advantages(rewards, floor=method.floor)[:, None]
 
     def log_policy() -> Tensor:
         x0 = replay(model, branches, every[:, 0], every[:, 1])
@@ -101,10 +82,15 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
 
 def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer, method: Method,
             prompts: list[str], reward: Callable, rng: torch.Generator) -> dict:
-    """As arcopo.iterate."""
+    """As arcopo.explore and arcopo.iterate, but for the branches' noise and the update."""
     began = time.perf_counter()
+    chosen = [prompts[i] for i in torch.randperm(len(prompts), generator=rng)[:method.prompts]]
+    pivot = int(torch.randint(model.chunks, (), generator=rng))
+    noise = draw_noise(model, len(chosen), rng)
+    initial, solver = branch_noise(noise, pivot, method.group, rng)
     with torch.no_grad(), adapter.on(model):
-        branches, scores = explore(model, method, prompts, reward, rng)
+        branches, clips = fork(model, chosen, pivot, noise, initial, solver)
+        scores = score_branches(branches, clips, reward)
     row = reward_metrics(scores, method.floor)
     row |= update(model, adapter, optimizer, branches, scores["reward"], method)
     return metrics([row], [branches], began)
@@ -120,11 +106,11 @@ def run(settings: SdeSettings) -> int:
     folder, model, reward, _ = start(settings)
     iteration = partial(iterate, method=settings, prompts=TRAIN_PROMPTS, reward=reward)
     adapter, rows = train("sde-grpo", model, settings, settings.lr, iteration, reward, folder)
-    models, samples = [("base", None), ("sde-grpo", adapter)], settings.judge_samples
-    clips, scores = judge_models(models, model, reward, settings, samples, "judging")
+    models = [("base", None), ("sde-grpo", adapter)]
+    clips, scores = judge_models(models, model, reward, settings, settings.judge_samples, "judging")
     judged = judged_rows(scores)
     write_report(folder, settings, clips, judged, time.perf_counter() - began)
-    return check_numbers(rows, judged)
+    return check_numbers({"sde-grpo": rows}, judged)
 
 
 def main(arguments: list | None = None) -> int:
