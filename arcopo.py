@@ -335,7 +335,8 @@ def neighbor_noise(base: Tensor, sigma: float, group: int,
     base: any shape -> [group, *base.shape]. sigma in [0, 1]: 0 repeats the base, 1 draws
     independent noise.
     """
-    delta = torch.randn(group, *base.shape, generator=rng).to(base)
+    device = rng.device if rng else base.device
+    delta = torch.randn(group, *base.shape, generator=rng, device=device).to(base)
     return math.sqrt(1 - sigma**2) * base + sigma * delta
 
 

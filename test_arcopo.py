@@ -1434,7 +1434,7 @@ def test_the_cost_study_counts_every_part(tmp_path, base, quick, monkeypatch):
     monkeypatch.setattr(measure, "ROUNDS", 1)
     line = ["--what", "cost", "--base", base, *TINY[:8], "--updates", 1, "--out", tmp_path]
     assert measure.main(line) == 0
-    assert len(read(tmp_path / "cost.csv")) == 2 * CHUNKS + 3
+    assert len(read(tmp_path / "cost.csv")) == 2 * CHUNKS + 4
     model, predicted, plain = arcopo.load_generator(base), [], Generator.forward
 
     def counting(x: Tensor, t, context) -> tuple[Tensor, Tensor]:

@@ -21,12 +21,15 @@ from studies.common import HERE, program
 from studies.tables import TEXT_ALONE, changes, rows_of
 
 TITLES = {"reward": "reward", "judge": "judge", "area": "area of the shape, px²",
-          "all_right": "share of clips all right", "ta": "TA"}
+          "all_right": "share of clips all right", "ta": "TA",
+          "displacement": "displacement in a clip, px",
+          "spread": "spread of a prompt's clips, px"}
 COLOURS = {"on-policy": "tab:red", "semi": "tab:blue", "merged": "tab:purple",
            "on-policy, scaled": "tab:red", "semi, 25 times the rate": "tab:cyan",
            "off-policy, 25 times the rate": "tab:orange",
            "on-policy, 4 times the rate": "tab:brown"}
 COLUMNS = "reward", "judge", "all_right", "area"
+COLLAPSE = "area", "displacement", "spread"
 SIZE = {"font.size": 13, "axes.titlesize": 14, "legend.fontsize": 11}
 
 
@@ -55,13 +58,13 @@ def along(run: str, training: str, column: str) -> dict[float, list[float]]:
 
 
 def curves():
-    """The recipe's trainings."""
-    figure, plots = plt.subplots(1, 4, figsize=(16, 4.4), layout="constrained")
-    for axes, column in zip(plots, COLUMNS):
+    """The recipe's trainings; in the second row what would show a collapse."""
+    figure, plots = plt.subplots(2, 3, figsize=(16, 8), layout="constrained")
+    for axes, column in zip(plots.flat, (*COLUMNS[:3], *COLLAPSE)):
         for training in ("on-policy", "semi"):
             band(axes, along("recipe", training, column), training)
         axes.set(title=f"Δ {TITLES[column]}", xlabel="iteration")
-    figure.legend(*plots[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.legend(*plots[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 

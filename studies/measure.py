@@ -21,6 +21,7 @@ from arcopo import (Adapter, Generator, Settings, branch_noise, choose_device, c
                     fork, load, load_generator, neighbor_noise, option, rollout, sample_batches,
                     seeded, update, write_csv)
 from reward import BACKGROUND, HELD_OUT_PROMPTS, TRAIN_PROMPTS, UserError, judge
+from studies import sde_grpo
 from studies.common import HERE
 
 USED = set("what out base timesteps seed device group anchors updates prompts rank".split())
@@ -66,7 +67,7 @@ def errors(model: Generator, reward: Callable, settings: Measurement) -> dict[st
 
 def base(settings: Measurement) -> list[dict]:
     """Before alignment: the errors of clips, and groups of branches of each held-out prompt."""
-    model, reward, _ = load(replace(settings, reward="ta=1,vq=1"))
+    model, reward, _ = load(replace(settings, reward="ta=1"))
     P, G = len(HELD_OUT_PROMPTS), settings.group
     rows = [{"subject": "clips", "measure": name, "value": value.item()}
             for name, value in errors(model, reward, settings).items()]
@@ -82,7 +83,6 @@ def base(settings: Measurement) -> list[dict]:
         mixed = (matching.amin(1) == 0) & (matching.amax(1) == 1)
         found = {"groups with right and wrong colour or shape": mixed.float().mean().item(),
                  "deviation of ta": values["ta"].std(1, correction=0).mean().item(),
-                 "vq and light": correlation(values["vq"], values["light"]),
                  "area and light": correlation(values["area"], values["light"])}
         rows += [{"subject": f"pivot {pivot + 1}", "measure": name, "value": value}
                  for name, value in found.items()]
@@ -156,6 +156,9 @@ def parts(model: Generator, settings: Measurement) -> dict[str, tuple[Callable, 
             context = model.begin([prompt for prompt in prompts for _ in range(G)])
             rollout(model, context, noise.repeat(G), 0, L)
 
+    def improve_sde() -> None:
+        sde_grpo.update(model, adapter, optimizer, forks[0], rewards, settings)
+
     chunk = T + 1                                   # its steps, and extend, but for the last chunk
     passes = (1 + 3 * settings.updates) * T         # each step: π_old, then updates with gradient
     found = {}
@@ -167,6 +170,8 @@ def parts(model: Generator, settings: Measurement) -> dict[str, tuple[Callable, 
     found["independent rollouts"] = independent, P * G * (chunk * L - 1)
     found["update, all anchors"] = partial(improve, [0], G), passes * P * G
     found["update, all anchors and chunks"] = partial(improve, range(L), G), passes * P * G * L
+    if T > 1 and not model.flow:                    # a sampler that adds noise T - 1 times
+        found["SDE-GRPO, update"] = improve_sde, passes // T * P * G * (T - 1)
     return found
 
 

@@ -125,11 +125,6 @@ def train_clip(out: Path, steps: int, seed: int) -> None:
 
 # ------------------------------------------------------------------ the generators
 
-def encode(clips: Tensor) -> Tensor:
-    """[N, FRAMES, 3, SIZE, SIZE] in [0, 1] -> latents [N, L, *chunk_shape]."""
-    return (clips * 2 - 1).unflatten(1, (CHUNKS, CHUNK_FRAMES))
-
-
 @functools.cache
 def differing(prompt: str, attribute: int) -> list[str]:
     """The training prompts that differ from prompt in this attribute alone: 0 colour, 1 shape."""
@@ -162,7 +157,8 @@ def draw_batch(model: Generator, wrong: float, generator: torch.Generator) -> tu
     noise, as the past."""
     index = torch.randint(len(TRAIN_PROMPTS), (BATCH,), generator=generator)
     prompts = [TRAIN_PROMPTS[i] for i in index]
-    clean = encode(make_clips(wrong_captions(prompts, wrong, generator), generator))
+    clips = make_clips(wrong_captions(prompts, wrong, generator), generator)
+    clean = (clips * 2 - 1).unflatten(1, (CHUNKS, CHUNK_FRAMES))
     u = 0.1 * torch.rand(BATCH, CHUNKS, 1, 1, 1, 1, generator=generator)
     past = (1 - u) * clean + u * torch.randn(clean.shape, generator=generator)
     return prompts, clean.to(model.device), past.to(model.device)

@@ -157,7 +157,8 @@ def cost() -> str:
         "fork, mean over pivots / independent rollouts": ("fork", "independent rollouts"),
         "update of the pivot / of all branches and chunks":
             ("update", "update, all anchors and chunks"),
-        "update, 4 anchors / all 12": ("update", "update, all anchors")}
+        "update, 4 anchors / all 12": ("update", "update, all anchors"),
+        "update of SDE-GRPO / of AR-CoPO, all 12": ("SDE-GRPO, update", "update, all anchors")}
     runs = {}                                               # {seed: {part: rows}}
     for row in rows_of("cost.csv"):
         part = re.sub(r" \d$", "", row["part"])             # without the pivot
