@@ -324,7 +324,7 @@ class Fork(NamedTuple):
     prompts: list[str]
     prefix: Tensor          # [P, pivot, *chunk_shape]    finished chunks before the pivot
     context: Context        # h_{p-1}, P rows
-    states: Tensor          # [P, T, G, *chunk_shape]     x_t⁽ⁱ⁾, the network's input; first ε_p⁽ⁱ⁾
+    states: Tensor          # [P, T, G, *chunk_shape]     x_t⁽ⁱ⁾, the network's inputs, ε_p⁽ⁱ⁾ first
     candidates: Tensor      # [P, T, G, *chunk_shape]     of each step; the last is x_p⁽ⁱ⁾
 
 
