@@ -20,7 +20,7 @@ from reward import HELD_OUT_PROMPTS, judge
 from studies.common import HERE, program
 from studies.tables import TEXT_ALONE, changes, rows_of
 
-TITLES = {"reward": "reward", "judge": "judge", "area": "area of the shape, px²",
+TITLES = {"reward": "reward, deviations", "judge": "judge", "area": "area of the shape, px²",
           "all_right": "share of clips all right", "ta": "TA",
           "displacement": "displacement in a clip, px",
           "spread": "spread of a prompt's clips, px"}
@@ -85,7 +85,7 @@ def tradeoff():
         for axes, column in zip(row, COLUMNS):
             band(axes, points[column], "merged")
             band(axes, changes_by("s", scaled, base, column), "on-policy, scaled", "--")
-            axes.axvline(choose_strength(both, (0, 0)), color="black", linewidth=1, linestyle="--",
+            axes.axvline(choose_strength(both, (0, 0)), color="black", linewidth=1.5, linestyle=":",
                          label="s by the rule of Sec. 4.4")
             axes.set(title=f"Δ {TITLES[column]}", xlabel="strength s")
         row[0].set_ylabel(label)
@@ -105,8 +105,8 @@ def ta():
             axes.set(title=f"Δ {TITLES[column]}", xlabel="iteration", ylim=limits[column])
         plots[3].plot(*([mean(v) for v in points[c].values()] for c in ("ta", "judge")),
                       marker="o", markersize=4, color=COLOURS[label])
-    plots[3].set(title="along training", xlabel="Δ TA", ylabel="Δ judge", xlim=limits["ta"],
-                 ylim=limits["judge"])
+    plots[3].set(title="along training", xlabel="Δ TA", ylabel="Δ judge", xlim=(-0.04, 0.1),
+                 ylim=(-0.04, 0.06))
     figure.legend(*plots[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 

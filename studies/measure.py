@@ -1,6 +1,7 @@
 """Measurements that need no training: python -m studies.measure --what entropy
 
-Each function here writes a CSV of its name. Run cost and durations with nothing else running.
+base, entropy, cost and durations write a CSV of their name each. Run cost and durations with
+nothing else running.
 """
 
 import subprocess

@@ -1,4 +1,4 @@
-"""Train what is in assets/ from nothing: python -m studies.pretrain --precision bf16
+"""Train what is in assets/ from nothing: python -m studies.pretrain
 
 First the CLIP, clip/. Then the teacher, teacher.safetensors: flow matching with teacher forcing.
 Then the student, base.safetensors: the teacher's ODE distilled to a few-step consistency model,
@@ -143,9 +143,8 @@ def wrong_captions(captions: list[str], share: float, generator: torch.Generator
     shown = []
     draws = torch.rand(len(captions), 3, generator=generator).tolist()
     for caption, (wrong, kind, pick) in zip(captions, draws):
-        attribute = int(kind < 0.5)
-        others = differing(caption, attribute) or differing(caption, 1 - attribute)
-        if wrong < share and others:
+        others = differing(caption, attribute=int(kind < 0.5))
+        if wrong < share:
             shown.append(others[int(pick * len(others))])
         else:
             shown.append(caption)
@@ -153,8 +152,8 @@ def wrong_captions(captions: list[str], share: float, generator: torch.Generator
 
 
 def draw_batch(model: Generator, wrong: float, generator: torch.Generator) -> tuple:
-    """Prompts, a share of them wrong, clean clips [N, L, *chunk_shape], and the same with slight
-    noise, as the past."""
+    """Prompts, clean clips [N, L, *chunk_shape] of which a share shows something else, and the
+    same with slight noise, as the past."""
     index = torch.randint(len(TRAIN_PROMPTS), (BATCH,), generator=generator)
     prompts = [TRAIN_PROMPTS[i] for i in index]
     clips = make_clips(wrong_captions(prompts, wrong, generator), generator)

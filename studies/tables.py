@@ -45,10 +45,6 @@ def spread(values: list[float], digits: int, sign: str = "") -> str:
     return text + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def percent(values: list[float]) -> str:
-    return spread([100 * value for value in values], 0)
-
-
 def markdown(cells: dict[str, dict[str, str]], corner: str = "") -> str:
     """{label: {title: text}} -> a Markdown table with aligned columns; what is missing is empty."""
     titles = list(dict.fromkeys(title for row in cells.values() for title in row))
@@ -76,9 +72,8 @@ def scores(columns: str, models: dict[str, tuple[str, str]]) -> str:
                 row[title] = spread(values(rows, name), DIGITS.get(name, 2))
             else:
                 row[title] = spread(changes(rows, base, name), DIGITS.get(name, 2), "+")
-        if model != "base":
-            row["mended"] = percent(values(rows, "mended"))
-            row["spoiled"] = percent(values(rows, "spoiled"))
+        for name in ("mended", "spoiled") if model != "base" else ():
+            row[name] = spread([100 * value for value in values(rows, name)], 0)        # percent
     return markdown(table)
 
 
@@ -128,7 +123,7 @@ def pivots() -> str:
     """The base's groups of branches."""
     table = {}
     for label, measure in (
-            ("groups with right and wrong clips", "groups with right and wrong colour or shape"),
+            ("right and wrong colour or shape", "groups with right and wrong colour or shape"),
             ("deviation of TA", "deviation of ta"), ("area and light", "area and light")):
         table[label] = {}
         for p in PIVOTS:
@@ -153,19 +148,22 @@ def entropy() -> str:
 
 def cost() -> str:
     """C8: ratios of seconds, and of what counting predicts; means over pivots."""
+    rollouts, everything = "independent rollouts", "update, all anchors and chunks"
     ratios = {
-        "fork, mean over pivots / independent rollouts": ("fork", "independent rollouts"),
-        "update of the pivot / of all branches and chunks":
-            ("update", "update, all anchors and chunks"),
-        "update, 4 anchors / all 12": ("update", "update, all anchors"),
-        "update of SDE-GRPO / of AR-CoPO, all 12": ("SDE-GRPO, update", "update, all anchors")}
+        "fork / independent rollouts": (["fork"], [rollouts]),
+        "update of the pivot / of all branches and chunks": (["update"], [everything]),
+        "both / both": (["fork", "update"], [rollouts, everything]),
+        "update, 4 anchors / all 12": (["update"], ["update, all anchors"]),
+        "SDE-GRPO: fork and update / AR-CoPO's, all 12":
+            (["fork", "SDE-GRPO, update"], ["fork", "update, all anchors"])}
     runs = {}                                               # {seed: {part: rows}}
     for row in rows_of("cost.csv"):
         part = re.sub(r" \d$", "", row["part"])             # without the pivot
         runs.setdefault(row["seed"], {}).setdefault(part, []).append(row)
     table = {}
+    total = lambda run, parts, column: sum(mean(values(run[part], column)) for part in parts)
     for label, (above, below) in ratios.items():
-        measured, counted = ([mean(values(run[above], column)) / mean(values(run[below], column))
+        measured, counted = ([total(run, above, column) / total(run, below, column)
                               for run in runs.values()] for column in ("seconds", "counted"))
         table[label] = {"measured": spread(measured, 2), "counted": f"{counted[0]:.2f}"}
     return markdown(table, "ratio")
