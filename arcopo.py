@@ -102,7 +102,8 @@ class Method:
             value, top = getattr(self, f.name), largest.get(f.name, 1e18)
             if f.type in (int, float) and not (0 < value <= top or value == f.default == 0):
                 least = "at least" if f.default == 0 else "above"
-                raise ValueError(f"{f.name} {value}: must be {least} 0 and at most {top:g}")
+                most = f" and at most {top:g}" if top < 1e18 else ""
+                raise ValueError(f"{f.name} {value}: must be {least} 0{most}")
 
 
 # ------------------------------------------------------------------ generator
@@ -1001,10 +1002,10 @@ def write_report(folder: Path, settings: Settings, clips: dict[str, Tensor], row
                    f"| {row['mended']:6.0%} | {row['spoiled']:7.0%} | {row['area']:4.0f} |\n")
     if chosen:
         rule = "semi, as no s improves" if chosen == "semi" else "the largest s that improves"
-        report += f"* merged/ holds {rule} both reward and judge over the base.\n"
+        report += f"\nThe model in merged/ has a *: {rule} both reward and judge over the base.\n"
         row = next(row for row in rows if row["model"] == chosen)
         if not (row["Δ reward"] > 0 and row["Δ judge"] > 0):
-            report += "  Semi does not improve both: use the base, or other settings.\n"
+            report += "Semi does not improve both: use the base, or other settings.\n"
     shown = [name for name in clips if name == chosen or not name.startswith("s = ")]
     report += (f"Clips of each {settings.judge_prompts} prompt: {settings.judge_samples}, on the "
                "same noise for all models. Δ: change from the\nbase ± standard error over prompts; "

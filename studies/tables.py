@@ -152,7 +152,7 @@ def cost() -> str:
     ratios = {
         "fork / independent rollouts": (["fork"], [rollouts]),
         "update of the pivot / of all branches and chunks": (["update"], [everything]),
-        "both / both": (["fork", "update"], [rollouts, everything]),
+        "fork and update / those of whole sequences": (["fork", "update"], [rollouts, everything]),
         "update, 4 anchors / all 12": (["update"], ["update, all anchors"]),
         "SDE-GRPO: fork and update / AR-CoPO's, all 12":
             (["fork", "SDE-GRPO, update"], ["fork", "update, all anchors"])}
