@@ -304,10 +304,10 @@ def rollout(model: Generator, context: Context, noise: Noise, start: int,
     (without the clip's last chunk, as nothing follows it)."""
     chunks = torch.empty_like(noise.initial[:, start:stop])
     for p in range(start, stop):
-        x0 = denoise(model, context, noise.initial[:, p], noise.solver[:, p])[1][-1]
-        chunks[:, p - start] = x0
+        _, candidates = denoise(model, context, noise.initial[:, p], noise.solver[:, p])
+        chunks[:, p - start] = candidates[-1]
         if p + 1 < model.chunks:
-            context = model.extend(context, x0)
+            context = model.extend(context, candidates[-1])
     return chunks, context
 
 
@@ -593,6 +593,7 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
     its own groups. Returns scalars, on the device:
 
     replay_error     mean |log π_old - log π of the rollout|, due to rounding alone if all is well
+                     (in a buffer, to half precision)
     ratio_first      mean ρ at the first step; on-policy exactly 1
     clip_fraction    share of terms whose gradient the clip sets to zero, at the last step
     grad_norm        mean over steps
@@ -681,14 +682,15 @@ def explore(model: Generator, method: Method, prompts: list[str], reward: Callab
     pivot = int(torch.randint(model.chunks, (), generator=rng))                     # line 1
     noise = draw_noise(model, P, rng)
     initial, solver = branch_noise(noise, pivot, method.sigma, method.group, rng)   # line 4
-    branches, clips = fork(model, chosen, pivot, noise, initial, solver, method.micro)  # 2, 3, 5
+    branches, clips = fork(model, chosen, pivot, noise, initial, solver,            # lines 2, 3, 5
+                           method.micro)
     return branches, score_branches(branches, clips, reward)
 
 
 def collect_buffer(model: Generator, method: Method, prompts: list[str], reward: Callable,
                    rngs: Iterable[torch.Generator]) -> list[dict]:
-    """The buffer (Sec. 3.3): the groups of one exploration for each of rngs. The reference policy
-    must explore, so no adapter may be on.
+    """The buffer (Sec. 3.3): the groups of one call of explore for each of `rngs`. The reference
+    policy must explore, so no adapter may be on.
 
     A group is {"prompt": str, "scores": {"reward", ...: [G]} and, in half precision, "prefix"
     [pivot, *chunk_shape], "states", "candidates" [T, G, *chunk_shape]}, in CPU memory.
@@ -710,7 +712,8 @@ def draw_from(buffer: list[dict], model: Generator, P: int,
     """Up to P random groups, as explore returns them; no adapter may be on.
 
     Departures: all have the pivot of the first one drawn, so there may be fewer than P; tensors
-    were stored in half precision; h_{p-1} is not stored but recomputed from the prefix.
+    were stored in half precision; h_{p-1} is not stored but recomputed from the prefix; ε_p* is not
+    stored, because nothing needs it.
     """
     shuffled = [buffer[i] for i in torch.randperm(len(buffer), generator=rng)]
     pivot = len(shuffled[0]["prefix"])
@@ -1184,9 +1187,10 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
                   "command": sys.argv, "reward_scales": None}
     model, reward, buffer_reward = load(settings, record["reward_scales"])
     record["reward_scales"] = reward.scales
-    if record.setdefault("fingerprint", model.fingerprint) != model.fingerprint:
+    if record.get("fingerprint", model.fingerprint) != model.fingerprint:
         raise UserError(f"--resume {folder}: the weights of its base have changed since; restore "
                         "them or start a new run")
+    record["fingerprint"] = model.fingerprint
     if dist.is_initialized():
         dist.barrier()                  # all processes have looked for settings.json by now
     if RANK == 0:

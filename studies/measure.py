@@ -161,18 +161,18 @@ def parts(model: Generator, settings: Measurement) -> dict[str, tuple[Callable, 
         sde_grpo.update(model, adapter, optimizer, forks[0], rewards, settings)
 
     chunk = T + 1                                   # its steps, and extend, but for the last chunk
-    passes = (1 + 3 * settings.updates) * T         # each step: π_old, then updates with gradient
+    passes = 1 + 3 * settings.updates               # π_old, then updates with gradient
     found = {}
     for p in range(L):
         count = P * chunk * p + P * G * (chunk * (L - p) - 1)
         found[f"fork {p + 1}"] = partial(explore, p), count
         found[f"update {p + 1}"] = (partial(improve, [p], settings.anchors),
-                                    passes * P * settings.anchors)
+                                    passes * P * settings.anchors * T)
     found["independent rollouts"] = independent, P * G * (chunk * L - 1)
-    found["update, all anchors"] = partial(improve, [0], G), passes * P * G
-    found["update, all anchors and chunks"] = partial(improve, range(L), G), passes * P * G * L
+    found["update, all anchors"] = partial(improve, [0], G), passes * P * G * T
+    found["update, all anchors and chunks"] = partial(improve, range(L), G), passes * P * G * T * L
     if T > 1 and not model.flow:                    # a sampler that adds noise T - 1 times
-        found["SDE-GRPO, update"] = improve_sde, passes // T * P * G * (T - 1)
+        found["SDE-GRPO, update"] = improve_sde, passes * P * G * (T - 1)
     return found
 
 

@@ -72,8 +72,9 @@ def scores(columns: str, models: dict[str, tuple[str, str]]) -> str:
                 row[title] = spread(values(rows, name), DIGITS.get(name, 2))
             else:
                 row[title] = spread(changes(rows, base, name), DIGITS.get(name, 2), "+")
-        for name in ("mended", "spoiled") if model != "base" else ():
-            row[name] = spread([100 * value for value in values(rows, name)], 0)        # percent
+        if model != "base":
+            for name in ("mended", "spoiled"):
+                row[name] = spread([100 * value for value in values(rows, name)], 0)    # percent
     return markdown(table)
 
 
