@@ -364,7 +364,6 @@ def fork(model: Generator, prompts: list[str], pivot: int, noise: Noise, initial
     prefix, context = rollout(model, model.begin(prompts), noise, 0, pivot)         # line 2, P rows
     states = initial.new_empty(P, len(model.timesteps), G, *model.chunk_shape)
     candidates = torch.empty_like(states)
-    clips = []
     size = max(1, micro // P) if micro else G
     for i in range(0, G, size):
         first = initial[:, i : i + size]                                    # [P, n, *chunk_shape]
@@ -382,8 +381,11 @@ def fork(model: Generator, prompts: list[str], pivot: int, noise: Noise, initial
             branch = model.extend(branch, reached[-1])
             latents[:, pivot + 1 :] = rollout(model, branch, noise.repeat(n), pivot + 1,
                                               model.chunks)[0]
-        clips.append(model.decode(latents).unflatten(0, (P, n)))
-    return Fork(prompts, prefix, context, states, candidates), torch.cat(clips, 1)
+        decoded = model.decode(latents)
+        if i == 0:
+            clips = decoded.new_empty(P, G, *decoded.shape[1:])
+        clips[:, i : i + n] = decoded.view(P, n, *decoded.shape[1:])
+    return Fork(prompts, prefix, context, states, candidates), clips
 
 
 # ------------------------------------------------------------------ objective (pure functions)
@@ -894,13 +896,11 @@ def write_csv(file: Path, rows: list[dict], mode: str = "w") -> None:
 
 
 def train(name: str, model: Generator, settings: Settings, lr: float, iteration: Callable,
-          reward: Callable, folder: Path) -> tuple[Adapter, list[dict]]:
-    """Train an adapter -> the adapter, also saved to NAME/, and the rows of NAME.csv.
-
-    iteration(model, adapter, optimizer, rng=rng) -> a row of NAME.csv; reward: for the scores in
-    NAME-curve.csv. Every iteration ends with a checkpoint, from which the training continues if
-    there is one, so a run that is killed at any time and resumed ends as one that was not.
-    """
+          reward: Callable, folder: Path) -> Adapter:
+    """Train an adapter, or continue from the checkpoint that every iteration ends with. A run that
+    is killed at any time and resumed ends as one that was not. Writes NAME/, NAME.csv and, judged
+    with `reward`, NAME-curve.csv. iteration(model, adapter, optimizer, rng=rng) -> a row of
+    NAME.csv. Raises UserError if all groups were flat."""
     kind = "buffered" if name == "semi" else "explored"     # stream of random numbers
     seed, process = settings.seed, (RANK,) if RANK else ()  # each process draws its own groups
     adapter = Adapter.new(model, settings.rank, settings.alpha, seeded(seed, kind, "adapter"))
@@ -925,8 +925,8 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
                 write_csv(folder / f"{name}.csv", rows[-1:], "a")
                 bar.update()
             if judged(step):
-                pair = name, adapter
-                scores = judge_models([pair], model, reward, settings, samples, "curve")[1][name]
+                models = [(name, adapter)]
+                scores = judge_models(models, model, reward, settings, samples, "curve")[1][name]
                 means = {column: x.mean().item() for column, x in scores.items()}
                 curve.append({"step": step} | means)
                 write_csv(folder / f"{name}-curve.csv", curve[-1:], "a")
@@ -936,7 +936,10 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
                         "rows": rows, "curve": curve}, checkpoint)
             bar.set_postfix({what: f"{of[-1]['reward']:+.2f}" for what, of in
                              (("reward", rows), ("judged reward", curve)) if of})
-    return adapter, rows
+    if all(row["flat_groups"] == 1 for row in rows):
+        raise UserError(f"{name} learned nothing: in no group did the rewards differ by --floor "
+                        f"{settings.floor}; lower it, or use another reward, in a new run")
+    return adapter
 
 
 # ------------------------------------------------------------------ evaluation and report
@@ -995,14 +998,15 @@ def write_report(folder: Path, settings: Settings, clips: dict[str, Tensor], row
                  seconds: float, chosen: str = "") -> None:
     """Write judged.csv, models.gif and report.md, which is also printed. clips: of judge_models;
     rows: of judged_rows; chosen: the model in merged/."""
-    report = (f"| {'model':11} | {'Δ reward':15} | {'Δ judge':15} | all right | mended | spoiled "
-              f"| area |\n| {'-' * 11} | {'-' * 15} | {'-' * 15} | --------- | ------ | ------- "
-              "| ---- |\n")
+    line = "| {:11} | {:15} | {:15} | {:>9} | {:>6} | {:>7} | {:>4} |\n"
+    report = line.format("model", "Δ reward", "Δ judge", "all right", "mended", "spoiled", "area")
+    report += line.format(*("-" * width for width in (11, 15, 15, 9, 6, 7, 4)))
     for row in rows:
-        report += (f"| {row['model'] + ' *' * (row['model'] == chosen):11} "
-                   f"| {row['Δ reward']:+7.3f} ± {row['± reward']:.3f} "
-                   f"| {row['Δ judge']:+7.3f} ± {row['± judge']:.3f} | {row['all_right']:9.2f} "
-                   f"| {row['mended']:6.0%} | {row['spoiled']:7.0%} | {row['area']:4.0f} |\n")
+        changes = [f"{row[f'Δ {name}']:+7.3f} ± {row[f'± {name}']:.3f}"
+                   for name in ("reward", "judge")]
+        report += line.format(row["model"] + " *" * (row["model"] == chosen), *changes,
+                              f"{row['all_right']:.2f}", f"{row['mended']:.0%}",
+                              f"{row['spoiled']:.0%}", f"{row['area']:.0f}")
     if chosen:
         rule = "semi, as no s improves" if chosen == "semi" else "the largest s that improves"
         report += f"\nThe model in merged/ has a *: {rule} both reward and judge over the base.\n"
@@ -1022,25 +1026,6 @@ def write_report(folder: Path, settings: Settings, clips: dict[str, Tensor], row
         parts = [clips[name][:: 3 * settings.judge_samples] for name in shown]
         save_gif(torch.cat(parts), folder / "models.gif", columns=len(parts[0]))
         print(f"\n{report}Run folder: {folder}")
-
-
-def check_numbers(trainings: dict[str, list[dict]], judged: list[dict]) -> int:
-    """Exit code of a run that ended: 1, with lines on stderr, if a number is not finite, or if all
-    groups of a training are flat. trainings: rows by name; judged: of judged_rows."""
-    rows, problems = sum(trainings.values(), []), []
-    skipped, left_out = (sum(row[name] for row in rows) for name in ("skipped", "not_finite"))
-    if skipped or left_out:
-        problems.append(f"not finite: {skipped:g} updates were skipped, {left_out:g} rewards "
-                        "left out")
-    if not all(math.isfinite(row["reward"]) for row in judged):
-        problems.append("not finite: the table has NaN or infinity")
-    for name, rows in trainings.items():
-        if all(row["flat_groups"] == 1 for row in rows):
-            problems.append(f"{name} learned nothing: in no group did the rewards differ by "
-                            "--floor")
-    for problem in problems:
-        print(f"arcopo: {problem}", file=sys.stderr)
-    return 1 if problems else 0
 
 
 # ------------------------------------------------------------------ command line
@@ -1161,8 +1146,8 @@ def read_record(folder: str | Path, cls: type = Settings) -> dict:
 
 
 def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
-    """Begin a run, or continue it: its folder, with settings.json, and what load returns. A new run
-    refuses a folder that holds one. Raises UserError."""
+    """Begin a run in a new folder, or continue one: its folder, with settings.json, and what load
+    returns. Raises UserError."""
     device = choose_device(settings.device)
     if dist.is_torchelastic_launched() and not dist.is_initialized():           # by torchrun
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
@@ -1170,7 +1155,6 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
     folder = Path(settings.out)
     if settings.resume:
         record = read_record(folder, type(settings))
-        record["settings"] = asdict(settings) | {"resume": ""}
         if record["processes"] != processes:
             raise UserError(f"--resume {folder}: start as many processes as before, "
                             f"{record['processes']}")
@@ -1178,25 +1162,18 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
             done = len(torch.load(file, map_location="cpu", weights_only=True)["rows"])
             if done > settings.steps:
                 raise UserError(f"--steps {settings.steps}: the run has done {done} already")
-    elif (folder / "settings.json").exists():
-        raise UserError(f"--out {folder}: holds a run; --resume it or name another folder")
+    elif folder.exists():
+        raise UserError(f"--out {folder}: exists; --resume it or name another folder")
     else:
         commit = subprocess.getoutput(f'git -C "{ASSETS.parent}" rev-parse HEAD')
-        record = {"program": type(settings).__name__, "settings": asdict(settings),
-                  "processes": processes, "torch": torch.__version__, "commit": commit,
-                  "command": sys.argv, "reward_scales": None}
+        record = {"program": type(settings).__name__, "processes": processes, "commit": commit,
+                  "torch": torch.__version__, "command": sys.argv, "reward_scales": None}
     model, reward, buffer_reward = load(settings, record["reward_scales"])
-    record["reward_scales"] = reward.scales
-    if record.get("fingerprint", model.fingerprint) != model.fingerprint:
-        raise UserError(f"--resume {folder}: the weights of its base have changed since; restore "
-                        "them or start a new run")
-    record["fingerprint"] = model.fingerprint
+    record |= {"settings": asdict(settings) | {"resume": ""}, "reward_scales": reward.scales}
     if dist.is_initialized():
-        dist.barrier()                  # all processes have looked for settings.json by now
+        dist.barrier()                          # all processes have looked for the folder by now
     if RANK == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not settings.resume:
-            (folder / "settings.json").touch(exist_ok=False)    # no other run has this folder
+        folder.mkdir(parents=True, exist_ok=bool(settings.resume))  # no other run has this folder
         part = folder / "settings.json.part"
         part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         os.replace(part, folder / "settings.json")
@@ -1204,50 +1181,48 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
     return folder, model, reward, buffer_reward
 
 
-def run(settings: Settings) -> int:
+def run(settings: Settings) -> None:
     """The recipe, or the training of settings.method alone: train, merge, judge, choose s and write
-    all to the run folder -> the exit code of check_numbers."""
-    began, adapters, trainings = time.perf_counter(), {}, {}
+    all to the run folder."""
+    began, adapters, merged, chosen = time.perf_counter(), {}, {}, ""
     folder, model, reward, buffer_reward = start(settings)
-    for name in [settings.method] if settings.method else ["on-policy", "semi"]:
-        if name == "on-policy":
-            lr = settings.lr
-            iteration = partial(iterate, method=settings, prompts=TRAIN_PROMPTS, reward=reward)
+    if settings.method != "semi":
+        iteration = partial(iterate, method=settings, prompts=TRAIN_PROMPTS, reward=reward)
+        adapters["on-policy"] = train("on-policy", model, settings, settings.lr, iteration, reward,
+                                      folder)
+    if settings.method != "on-policy":
+        file = folder / "buffer.pt"
+        if file.exists():
+            buffer = torch.load(file, weights_only=True)
         else:
-            lr, file = settings.buffer_lr, folder / "buffer.pt"
-            if file.exists():
-                buffer = torch.load(file, weights_only=True)
-            else:
-                firsts = range(0, settings.buffer_groups, settings.prompts)
-                rngs = (seeded(settings.seed, "buffer", first)
-                        for first in progress(firsts, "buffer", unit="batch"))
-                buffer = collect_buffer(model, settings, TRAIN_PROMPTS, buffer_reward, rngs)
-                buffer = buffer[: settings.buffer_groups]
-                save_whole(buffer, file)
-            method = replace(settings, tau=settings.buffer_tau)
-            iteration = partial(iterate_buffered, method=method, buffer=buffer)
-        adapters[name], trainings[name] = train(name, model, settings, lr, iteration, reward,
-                                                folder)
-    models, chosen = {"base": None} | adapters, ""
+            firsts = range(0, settings.buffer_groups, settings.prompts)
+            rngs = (seeded(settings.seed, "buffer", first)
+                    for first in progress(firsts, "buffer", unit="batch"))
+            buffer = collect_buffer(model, settings, TRAIN_PROMPTS, buffer_reward, rngs)
+            buffer = buffer[: settings.buffer_groups]
+            save_whole(buffer, file)
+        method = replace(settings, tau=settings.buffer_tau)
+        iteration = partial(iterate_buffered, method=method, buffer=buffer)
+        adapters["semi"] = train("semi", model, settings, settings.buffer_lr, iteration, reward,
+                                 folder)
     if not settings.method:
-        semi, on_policy = adapters["semi"], adapters["on-policy"]
-        merges = {f"s = {s:g}": merge_adapters((semi, 1.0), (on_policy, s)) for s in settings.sweep}
-        models = {"base": None, "semi": semi} | merges | {"on-policy": on_policy}
+        merged = {s: merge_adapters((adapters["semi"], 1.0), (adapters["on-policy"], s))
+                  for s in settings.sweep}
+    models = {"base": None} | adapters | {f"s = {s:g}": merged[s] for s in merged}
     bar = progress(models.items(), desc="judging", unit="model")
     samples = settings.judge_samples
     clips, scores = judge_models(bar, model, reward, settings, samples, "judging")
-    judged = judged_rows(scores)
-    if not settings.method:
-        both = {row["model"]: (row["reward"], row["judge"]) for row in judged}
-        s = choose_strength({s: both[f"s = {s:g}"] for s in settings.sweep}, both["base"])
+    rows = judged_rows(scores)
+    if merged:
+        both = {row["model"]: (row["reward"], row["judge"]) for row in rows}
+        s = choose_strength({s: both[f"s = {s:g}"] for s in merged}, both["base"])
         chosen = "semi" if s is None else f"s = {s:g}"
         if RANK == 0:
             models[chosen].save(folder / "merged", model)
-    write_report(folder, settings, clips, judged, time.perf_counter() - began, chosen)
-    return check_numbers(trainings, judged)
+    write_report(folder, settings, clips, rows, time.perf_counter() - began, chosen)
 
 
-def write_sample(settings: Settings) -> int:
+def write_sample(settings: Settings) -> None:
     """Write clips of a prompt to a GIF, side by side."""
     file = Path(settings.out or "clip.gif")
     if file.suffix != ".gif":
@@ -1260,14 +1235,11 @@ def write_sample(settings: Settings) -> int:
     file.parent.mkdir(parents=True, exist_ok=True)
     save_gif(clips, file, settings.samples, scale=8)
     print(f"wrote {file}")
-    return 0
 
 
 def exit_code(error: BaseException, folder: str = "") -> int:
     """Print the one line of a user's mistake -> exit code. Any other error is raised again."""
     message, code = str(error), 2
-    if isinstance(error, SystemExit):
-        return error.code or 0                                  # --help
     if isinstance(error, BrokenPipeError):                      # | head: all files are written
         sys.stdout = open(os.devnull, "w")
         return 0
@@ -1289,13 +1261,13 @@ def command(body: Callable, arguments: list | None = None, **parsing) -> int:
     try:
         settings = parse(arguments, **parsing)
         if settings.sample:
-            code = write_sample(settings)
+            write_sample(settings)
         else:
             folder = settings.resume or settings.out or time.strftime("runs/%Y%m%d-%H%M%S")
-            code = body(replace(settings, out=folder))
+            body(replace(settings, out=folder))
         sys.stdout.flush()              # here, a closed pipe is still caught
-        return code
-    except BaseException as error:
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
         return exit_code(error, folder)
 
 

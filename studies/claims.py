@@ -5,7 +5,6 @@ base.csv, entropy.csv or cost.csv, in --out, by default this folder. What is the
 "base" measures the base, "settings" changes one setting at a time.
 """
 
-import csv
 import shlex
 import shutil
 import subprocess
@@ -13,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from arcopo import Parser
+from arcopo import Parser, write_csv
 from reward import UserError
 from studies.common import HERE, program, read
 
@@ -64,49 +63,37 @@ RUNS = [
 def append_rows(file: Path, new: list[dict]) -> None:
     """Append to a CSV file. Columns that it has not are added, empty in the rows before."""
     rows = read(file) + new
-    with open(file, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, dict.fromkeys(name for row in rows for name in row),
-                                lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def result(out: Path, run: Run) -> Path:
-    """The CSV that a run is complete in."""
-    return out / f"{run.name if run.name in SEPARATE else 'results'}.csv"
-
-
-def done(out: Path, run: Run, seed: int) -> bool:
-    wanted = run.name, run.command, str(seed)
-    return any((row["run"], row["command"], row["seed"]) == wanted
-               for row in read(result(out, run)))
+    empty = {name: "" for row in rows for name in row}
+    write_csv(file, [empty | row for row in rows])
 
 
 def execute(out: Path, run: Run, seed: int, extra: list[str]) -> None:
-    """Run one command in a fresh folder, then copy its CSVs to the shared ones."""
-    name = "".join(c if c.isalnum() else "-" for c in f"{run.name}-{seed}")
-    folder = out / "runs" / name
+    """Run one command in a fresh folder, then copy its CSVs to the shared ones; if that was done
+    before, do nothing."""
+    about = {"run": run.name, "command": run.command, "seed": str(seed)}
+    separate = run.name in SEPARATE
+    result = out / f"{run.name if separate else 'results'}.csv"
+    if any(about.items() <= row.items() for row in read(result)):
+        return
+    folder = out / "runs" / "".join(c if c.isalnum() else "-" for c in f"{run.name}-{seed}")
     shutil.rmtree(folder, ignore_errors=True)       # what an interrupted run wrote
     words = [str(seed) if word == "S" else word for word in shlex.split(run.command)[1:]]
     words = [sys.executable, *words, "--out", str(folder.absolute()), *extra]
     print("$", shlex.join(words), flush=True)
     if subprocess.run(words, cwd=HERE.parent).returncode:
         raise UserError(f"{shlex.join(words)}: failed")
-    about = {"run": run.name, "command": run.command, "seed": seed}
     for file in sorted(folder.glob("*-curve.csv")):
         training = {"training": file.name.removesuffix("-curve.csv")}
         append_rows(out / "curves.csv", [about | training | row for row in read(file)])
-    found = folder / f"{run.name if run.name in SEPARATE else 'judged'}.csv"
-    append_rows(result(out, run), [about | row for row in read(found)])     # last: done looks here
+    found = read(folder / f"{run.name if separate else 'judged'}.csv")
+    append_rows(result, [about | row for row in found])     # last: then the run counts as done
 
 
 def study(args) -> None:
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     for run in RUNS:
         for seed in run.seeds or range(args.seeds):
-            if set(run.claims.split()) & set(args.claims) and not done(out, run, seed):
-                execute(out, run, seed, args.extra)
+            if set(run.claims.split()) & set(args.claims):
+                execute(Path(args.out), run, seed, args.extra)
 
 
 def main(arguments: list | None = None) -> int:

@@ -20,5 +20,5 @@ def program(study: Callable, parser: Parser, arguments: list | None) -> int:
     try:
         study(parser.parse_args(arguments and [str(a) for a in arguments]))
         return 0
-    except BaseException as error:
+    except (Exception, KeyboardInterrupt) as error:
         return exit_code(error)

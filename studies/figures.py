@@ -29,8 +29,6 @@ COLOURS = {"on-policy": "tab:red", "semi": "tab:blue", "merged": "tab:purple",
            "off-policy, 25 times the rate": "tab:orange",
            "on-policy, 4 times the rate": "tab:brown"}
 COLUMNS = "reward", "judge", "all_right", "area"
-COLLAPSE = "area", "displacement", "spread"
-SIZE = {"font.size": 13, "axes.titlesize": 14, "legend.fontsize": 11}
 
 
 def changes_by(x: str, rows: list[dict], base: list[dict], column: str) -> dict:
@@ -60,7 +58,7 @@ def along(run: str, training: str, column: str) -> dict[float, list[float]]:
 def curves():
     """The recipe's trainings; in the second row what would show a collapse."""
     figure, plots = plt.subplots(2, 3, figsize=(16, 8), layout="constrained")
-    for axes, column in zip(plots.flat, (*COLUMNS[:3], *COLLAPSE)):
+    for axes, column in zip(plots.flat, (*COLUMNS, "displacement", "spread")):
         for training in ("on-policy", "semi"):
             band(axes, along("recipe", training, column), training)
         axes.set(title=f"Δ {TITLES[column]}", xlabel="iteration")
@@ -111,15 +109,12 @@ def ta():
     return figure
 
 
-def show(axes, frame: torch.Tensor) -> None:
-    """A frame [3, H, W] in [0, 1]."""
+def show(axes, frame: torch.Tensor, right: bool | None = None, size: int = 12) -> None:
+    """A frame [3, H, W] in [0, 1]; with `right` given, a tick or a cross on it."""
     axes.imshow(frame.permute(1, 2, 0).clamp(0, 1).numpy())
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
-def tick(axes, right: bool, size: int) -> None:
-    axes.text(1, 5, "✓" if right else "✗", color="white", fontsize=size)
+    axes.set(xticks=[], yticks=[])
+    if right is not None:
+        axes.text(1, 5, "✓" if right else "✗", color="white", fontsize=size)
 
 
 def fork_picture():
@@ -140,8 +135,7 @@ def fork_picture():
     figure, plots = plt.subplots(2, len(clips), figsize=(16, 3.6), layout="constrained")
     for column, i in enumerate(order):
         show(plots[0, column], clips[i, 2])
-        show(plots[1, column], clips[i, 11])
-        tick(plots[1, column], right[i], 12)
+        show(plots[1, column], clips[i, 11], right[i])
         plots[0, column].set_title(f"r {scores[i]:+.2f}\nA {advantages[i]:+.2f}")
     plots[0, 0].set_ylabel("pivot\nchunk")
     plots[1, 0].set_ylabel("end of\nthe clip")
@@ -165,8 +159,7 @@ def moving_picture(run: Path, file: Path) -> None:
         figure, plots = plt.subplots(2, len(chosen), figsize=(8.3, 2.6), dpi=100)
         for row, (name, own) in zip(plots, clips.items()):
             for axes, i in zip(row, chosen):
-                show(axes, own[i, f])
-                tick(axes, right[name][i], 11)
+                show(axes, own[i, f], right[name][i], size=11)
             row[0].set_ylabel(name, fontsize=13)
         for axes, i in zip(plots[1], chosen):
             colour, shape, *motion = prompts[i].removeprefix("a ").split()
@@ -178,22 +171,17 @@ def moving_picture(run: Path, file: Path) -> None:
     iio.imwrite(file, np.stack(frames), extension=".gif", duration=150, loop=0)
 
 
-def save(figure, file: Path) -> None:
-    figure.savefig(file, dpi=80, metadata={"Software": None})
-    plt.close(figure)
-
-
 def study(args) -> None:
     plt.switch_backend("agg")           # needs no display
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context(SIZE):
-        for draw in (curves, tradeoff, ta):
-            save(draw(), out / f"{draw.__name__}.png")
-        if args.run:
-            save(fork_picture(), out / "fork.png")
+    pictures = {"curves": curves, "tradeoff": tradeoff, "ta": ta}
     if args.run:
+        pictures["fork"] = fork_picture
         moving_picture(Path(args.run), out / "clips.gif")
+    with plt.rc_context({"font.size": 13, "axes.titlesize": 14, "legend.fontsize": 11}):
+        for name, draw in pictures.items():
+            draw().savefig(out / f"{name}.png", dpi=80, metadata={"Software": None})
     print(f"wrote {out}")
 
 

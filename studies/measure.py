@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from arcopo import (Adapter, Generator, Settings, branch_noise, choose_device, command, draw_noise,
-                    fork, load, load_generator, neighbor_noise, option, rollout, sample_batches,
+                    fork, load, load_generator, neighbor_noise, option, sample, sample_batches,
                     seeded, update, write_csv)
 from reward import BACKGROUND, HELD_OUT_PROMPTS, TRAIN_PROMPTS, UserError, judge
 from studies import sde_grpo
@@ -116,19 +116,8 @@ def entropy(settings: Measurement) -> list[dict]:
 
 def device_name(device: str) -> str:
     """For a CSV: cpu or cuda -> which one."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} CPU cores"
-
-
-def timed(call: Callable) -> float:
-    """Seconds of a call."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    wait()
-    began = time.perf_counter()
-    call()
-    wait()
-    return time.perf_counter() - began
+    cores = f"{torch.get_num_threads()} CPU cores"
+    return torch.cuda.get_device_name() if device == "cuda" else cores
 
 
 def parts(model: Generator, settings: Measurement) -> dict[str, tuple[Callable, int]]:
@@ -154,8 +143,7 @@ def parts(model: Generator, settings: Measurement) -> dict[str, tuple[Callable, 
     def independent() -> None:
         """G rollouts of each prompt that share nothing."""
         with torch.no_grad(), adapter.on(model):
-            context = model.begin([prompt for prompt in prompts for _ in range(G)])
-            rollout(model, context, noise.repeat(G), 0, L)
+            sample(model, [prompt for prompt in prompts for _ in range(G)], noise.repeat(G))
 
     def improve_sde() -> None:
         sde_grpo.update(model, adapter, optimizer, forks[0], rewards, settings)
@@ -181,12 +169,14 @@ def cost(settings: Measurement) -> list[dict]:
     model = load_generator(settings.base, choose_device(settings.device), settings.timesteps)
     timings = parts(model, settings)
     seconds = {name: [] for name in timings}
-    for step in tqdm(range(ROUNDS + 1), "cost", unit="round"):
+    wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+    for _ in tqdm(range(1 + ROUNDS), "cost", unit="round"):     # the first is a warm-up
         for name, (call, _) in timings.items():
-            took = timed(call)
-            if step > 0:                            # the first round is a warm-up
-                seconds[name].append(took)
-    return [{"part": name, "seconds": median(seconds[name]), "counted": counted,
+            began = time.perf_counter()
+            call()
+            wait()
+            seconds[name].append(time.perf_counter() - began)
+    return [{"part": name, "seconds": median(seconds[name][1:]), "counted": counted,
              "prompts": settings.prompts, "device": device_name(model.device.type)}
             for name, (_, counted) in timings.items()]
 
@@ -208,13 +198,12 @@ def durations(settings: Measurement) -> list[dict]:
     return [*rows, {"what": "main memory", "value": memory, "unit": "MB", "device": device}]
 
 
-def study(settings: Measurement) -> int:
+def study(settings: Measurement) -> None:
     file = Path(settings.out) / f"{settings.what}.csv"
     file.parent.mkdir(parents=True, exist_ok=True)
     measure = {"base": base, "entropy": entropy, "cost": cost, "durations": durations}
     write_csv(file, measure[settings.what](settings))
     print(f"wrote {file}")
-    return 0
 
 
 def main(arguments: list | None = None) -> int:

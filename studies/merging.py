@@ -11,15 +11,15 @@ from arcopo import (Adapter, Settings, command, judge_models, judged_rows, load,
                     read_record, run, write_csv)
 
 
-def study(settings: Settings) -> int:
-    folder, code = Path(settings.out), run(settings)
+def study(settings: Settings) -> None:
+    run(settings)
+    folder = Path(settings.out)
     model, reward, _ = load(settings, read_record(folder)["reward_scales"])
     on = Adapter.load(folder / "on-policy", model)
     models = [(f"on-policy x {s:g}", merge_adapters((on, s))) for s in settings.sweep if s != 1]
     scores = judge_models([("base", None), *models], model, reward, settings,
                           settings.judge_samples, "judging")[1]
     write_csv(folder / "judged.csv", judged_rows(scores)[1:], "a")
-    return code
 
 
 def main(arguments: list | None = None) -> int:

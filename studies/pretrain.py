@@ -7,19 +7,19 @@ loss). Teacher and student end as a moving average of the weights. Of a share of
 caption is wrong (wrong_captions). EVIDENCE.md says how long it takes. An interrupted run resumes.
 """
 
-import functools
 import json
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from arcopo import (TIMESTEPS, Generator, Parser, choose_device, denoise, draw_noise, save_whole,
@@ -49,21 +49,13 @@ def muon_and_adamw(model: torch.nn.Module, hidden: list[Tensor]) -> list[torch.o
             torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0)]
 
 
-class NoBfloat16(TorchFunctionMode):
-    """torch's Muon orthogonalizes in bfloat16, which takes 150 times as long as float32 on a CPU
-    without bfloat16 instructions."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is Tensor.bfloat16:
-            return args[0].clone()
-        return function(*args, **(kwargs or {}))
-
-
 def step_with(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    """In float32: torch's Muon orthogonalizes in bfloat16, which takes 150 times as long on a CPU
+    without bfloat16 instructions."""
     for optimizer in optimizers:
         for parameters in optimizer.param_groups:
             parameters["lr"] = lr
-        with NoBfloat16():
+        with patch.object(Tensor, "bfloat16", Tensor.clone):
             optimizer.step()
 
 
@@ -125,29 +117,20 @@ def train_clip(out: Path, steps: int, seed: int) -> None:
 
 # ------------------------------------------------------------------ the generators
 
-@functools.cache
-def differing(prompt: str, attribute: int) -> list[str]:
-    """The training prompts that differ from prompt in this attribute alone: 0 colour, 1 shape."""
-    differs = attributes(TRAIN_PROMPTS) != attributes([prompt])         # [prompts, 3]
-    alone = differs[:, attribute] & (differs.sum(1) == 1)
-    return [TRAIN_PROMPTS[i] for i in alone.nonzero()[:, 0]]
-
-
 def wrong_captions(captions: list[str], share: float, generator: torch.Generator) -> list[str]:
-    """What the clips show: a share of them another training prompt, of another colour or shape.
-
-    Captions scraped from the web are unreliable; it leaves alignment something to correct.
-    """
+    """What the clips show: a share of them another training prompt, which differs in the colour or
+    the shape alone. Captions scraped from the web are unreliable; it leaves alignment something to
+    correct."""
     if share == 0:
         return captions             # and draw no random numbers
-    shown = []
+    every, shown = attributes(TRAIN_PROMPTS), []
     draws = torch.rand(len(captions), 3, generator=generator).tolist()
-    for caption, (wrong, kind, pick) in zip(captions, draws):
-        others = differing(caption, attribute=int(kind < 0.5))
-        if wrong < share:
-            shown.append(others[int(pick * len(others))])
-        else:
-            shown.append(caption)
+    for caption, own, (wrong, kind, pick) in zip(captions, attributes(captions), draws):
+        differs = every != own                                          # [prompts, 3]
+        alone = differs[:, int(kind < 0.5)] & (differs.sum(1) == 1)     # in shape, or in colour
+        others = alone.nonzero()[:, 0]
+        other = TRAIN_PROMPTS[others[int(pick * len(others))]]
+        shown.append(other if wrong < share else caption)
     return shown
 
 
@@ -171,17 +154,14 @@ def save_generator(model: Generator, file: Path) -> None:
     save_file(tensors, file, {"arcopo": json.dumps({"record": {"generator": shape}})})
 
 
-def contexts(model: Generator, clean: Tensor, prompts: list[str]) -> list:
-    """The context before each chunk of clean [N, L, *chunk_shape] (teacher forcing)."""
-    found = [model.begin(prompts)]
+def predict_all(model: Generator, x_t: Tensor, t: Tensor, past: Tensor,
+                prompts: list[str]) -> Tensor:
+    """predict for each chunk of x_t [N, L, *chunk_shape] at times t [N, L], behind the earlier
+    chunks of past, like x_t (teacher forcing)."""
+    contexts = [model.begin(prompts)]
     for p in range(model.chunks - 1):
-        found.append(model.extend(found[-1], clean[:, p]))
-    return found
-
-
-def predict_all(model: Generator, x_t: Tensor, t: Tensor, before: list) -> Tensor:
-    """predict for each chunk: x_t [N, L, *chunk_shape] at times t [N, L]."""
-    chunks = [model.predict(x_t[:, p], t[:, p], before[p]) for p in range(model.chunks)]
+        contexts.append(model.extend(contexts[-1], past[:, p]))
+    chunks = [model.predict(x_t[:, p], t[:, p], contexts[p]) for p in range(model.chunks)]
     return torch.stack(chunks, 1)
 
 
@@ -192,7 +172,7 @@ def flow_matching_loss(model: Generator, wrong: float, generator: torch.Generato
     t = torch.sigmoid(0.6 + 1.1 * torch.randn(clean.shape[:2], generator=generator)).to(noise)
     level = t[..., None, None, None, None]
     x_t = (1 - level) * clean + level * noise
-    prediction = predict_all(model, x_t, t, contexts(model, past, prompts))
+    prediction = predict_all(model, x_t, t, past, prompts)
     return ((prediction - clean) / level.clamp_min(0.05)).square().mean()
 
 
@@ -220,7 +200,7 @@ def distillation_loss(student: Generator, wrong: float, generator: torch.Generat
             before = student.extend(before, past[:, p])
             teachers = teacher.extend(teachers, past[:, p])
     x_t, target = torch.stack(states, 1), torch.stack(targets, 1)
-    prediction = predict_all(student, x_t, times[step], contexts(student, past, prompts))
+    prediction = predict_all(student, x_t, times[step], past, prompts)
     return ((prediction - target).square().flatten(2).mean(2) + 0.03**2).sqrt().mean()
 
 
@@ -231,7 +211,7 @@ def fit(stage: str, model: Generator, loss_of: Callable, steps: int, lr: float, 
     hidden = [m.weight for m in model.blocks.modules() if isinstance(m, nn.Linear)]
     optimizers = muon_and_adamw(model, hidden)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA))
-    parts = {"model": model, "average": average, "muon": optimizers[0], "adamw": optimizers[1]}
+    parts = model, average, *optimizers
     checkpoint, rows = folder / f"{stage}.checkpoint.pt", []
     about = {name: value for name, value in vars(args).items() if name not in ("out", "device")}
     if checkpoint.exists():
@@ -240,11 +220,10 @@ def fit(stage: str, model: Generator, loss_of: Callable, steps: int, lr: float, 
             raise UserError(f"--out {folder}: holds a pre-training with other settings "
                             f"({saved['about']}); name another folder")
         rows = saved["rows"]
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
+        for part, state in zip(parts, saved["states"]):
+            part.load_state_dict(state)
     for step in tqdm(range(len(rows), steps), stage, initial=len(rows), total=steps, unit="step"):
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            loss = loss_of(model, args.wrong_captions, seeded(args.seed, stage, step))
+        loss = loss_of(model, args.wrong_captions, seeded(args.seed, stage, step))
         model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -252,8 +231,8 @@ def fit(stage: str, model: Generator, loss_of: Callable, steps: int, lr: float, 
         average.update_parameters(model)
         rows.append({"step": step + 1, "loss": loss.item()})
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            states = {name: part.state_dict() for name, part in parts.items()}
-            save_whole(states | {"about": about, "rows": rows}, checkpoint)
+            states = [part.state_dict() for part in parts]
+            save_whole({"about": about, "rows": rows, "states": states}, checkpoint)
             write_csv(folder / f"{stage}.csv", rows)
     model.load_state_dict(average.module.state_dict())
 
@@ -272,7 +251,7 @@ def pretrain(args) -> None:
     save_generator(teacher, folder / "teacher.safetensors")
     student = Generator(timesteps=DISTILLED_AT).to(device)
     student.load_state_dict(teacher.state_dict())
-    loss_of = functools.partial(distillation_loss, teacher=teacher.requires_grad_(False))
+    loss_of = partial(distillation_loss, teacher=teacher.requires_grad_(False))
     fit("student", student, loss_of, args.student_steps, 5e-4, args)
     student.timesteps = TIMESTEPS
     save_generator(student, folder / "base.safetensors")
@@ -290,7 +269,6 @@ def main(arguments: list | None = None) -> int:
                         help="share of clips of another colour or shape than the caption's [0.3]")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random [0]")
     parser.add_argument("--device", default="auto", help="cpu, cuda ...; auto: cuda if there")
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     return program(pretrain, parser, arguments)
 
 

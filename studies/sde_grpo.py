@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from arcopo import (Adapter, Fork, Generator, Method, Noise, Settings, average_, check_numbers,
+from arcopo import (Adapter, Fork, Generator, Method, Noise, Settings, average_,
                     clipped_objective, command, draw_noise, fork, group_advantages, judge_models,
                     judged_rows, load_generator, metrics, neighbor_noise, option, replay,
                     reward_metrics, score_branches, start, train, write_report)
@@ -96,7 +96,7 @@ def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer
     return metrics([row], [branches], began)
 
 
-def run(settings: SdeSettings) -> int:
+def run(settings: SdeSettings) -> None:
     """As arcopo.run."""
     began = time.perf_counter()
     sampler = load_generator(settings.base, timesteps=settings.timesteps)
@@ -105,12 +105,10 @@ def run(settings: SdeSettings) -> int:
                         "explore; choose a consistency model with two or more times")
     folder, model, reward, _ = start(settings)
     iteration = partial(iterate, method=settings, prompts=TRAIN_PROMPTS, reward=reward)
-    adapter, rows = train("sde-grpo", model, settings, settings.lr, iteration, reward, folder)
+    adapter = train("sde-grpo", model, settings, settings.lr, iteration, reward, folder)
     models = [("base", None), ("sde-grpo", adapter)]
     clips, scores = judge_models(models, model, reward, settings, settings.judge_samples, "judging")
-    judged = judged_rows(scores)
-    write_report(folder, settings, clips, judged, time.perf_counter() - began)
-    return check_numbers({"sde-grpo": rows}, judged)
+    write_report(folder, settings, clips, judged_rows(scores), time.perf_counter() - began)
 
 
 def main(arguments: list | None = None) -> int:

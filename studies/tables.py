@@ -67,11 +67,10 @@ def scores(columns: str, models: dict[str, tuple[str, str]]) -> str:
         row = table[label] = {}
         for column in columns.split(", "):
             name = column.removeprefix("Δ ")
+            delta = name != column
+            numbers = changes(rows, base, name) if delta else values(rows, name)
             title = column.replace(name, TITLES.get(name, name))
-            if name == column:
-                row[title] = spread(values(rows, name), DIGITS.get(name, 2))
-            else:
-                row[title] = spread(changes(rows, base, name), DIGITS.get(name, 2), "+")
+            row[title] = spread(numbers, DIGITS.get(name, 2), "+" if delta else "")
         if model != "base":
             for name in ("mended", "spoiled"):
                 row[name] = spread([100 * value for value in values(rows, name)], 0)    # percent
@@ -126,10 +125,8 @@ def pivots() -> str:
     for label, measure in (
             ("right and wrong colour or shape", "groups with right and wrong colour or shape"),
             ("deviation of TA", "deviation of ta"), ("area and light", "area and light")):
-        table[label] = {}
-        for p in PIVOTS:
-            rows = rows_of("base.csv", subject=f"pivot {p}", measure=measure)
-            table[label][f"pivot {p}"] = spread(values(rows, "value"), 2)
+        rows = {p: rows_of("base.csv", subject=f"pivot {p}", measure=measure) for p in PIVOTS}
+        table[label] = {f"pivot {p}": spread(values(rows[p], "value"), 2) for p in PIVOTS}
     return markdown(table)
 
 
