@@ -938,7 +938,8 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
                              (("reward", rows), ("judged reward", curve)) if of})
     if all(row["flat_groups"] == 1 for row in rows):
         raise UserError(f"{name} learned nothing: in no group did the rewards differ by --floor "
-                        f"{settings.floor}; lower it, or use another reward, in a new run")
+                        f"{settings.floor}; start a new run with a lower one, or another reward, "
+                        "as --resume can change neither")
     return adapter
 
 

@@ -62,6 +62,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, attn_mask=None, scale=None, **_) -> T
 
 def main() -> None:
     warnings.filterwarnings("ignore")
+    print("tiny random weights on the CPU: this takes one or two minutes", flush=True)
     prompts = ["a cat", "a dog", "a boat"]
     for partition in ((3, 3, 3, 3), (1, 3, 3, 2)):
         compare(AnyFlowFAR(tiny(partition), (8, 8)), prompts[:1])
