@@ -42,7 +42,7 @@ def changes(rows: list[dict], base: list[dict], column: str) -> list[float]:
 def spread(values: list[float], digits: int, sign: str = "") -> str:
     """Mean ± standard deviation; a single value alone."""
     text = f"{mean(values):{sign}.{digits}f}"
-    return text + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+    return text + (f"±{stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def markdown(cells: dict[str, dict[str, str]], corner: str = "") -> str:
