@@ -326,9 +326,10 @@ def test_group_advantages():
         assert nearly.abs().max() < 0.05 * group_advantages(rewards, p).abs().max()
     half = torch.tensor([0.0, 300, 600, 900]).half()        # the squares are beyond float16
     assert torch.equal(group_advantages(half), group_advantages(half.float()))
-    rewards[0, 0], rewards[1] = math.nan, -math.inf         # left out
+    rewards[0, :2], rewards[1] = torch.tensor([math.nan, math.inf]), -math.inf      # left out
     found = group_advantages(rewards)
-    assert torch.allclose(found[0, 1:], group_advantages(rewards[0, 1:])) and found[0, 0] == 0
+    assert torch.allclose(found[0, 2:], group_advantages(rewards[0, 2:]))
+    assert (found[0, :2] == 0).all()
     assert (found[1] == 0).all() and torch.equal(found[2:], A[2:])
 
 
@@ -1007,7 +1008,7 @@ def test_a_killed_run_ends_as_if_it_never_was(kind, place, name, call, tmp_path,
     assert ending(tmp_path / "run") == whole[kind]
 
 
-def test_a_run_can_be_extended(tmp_path, small, whole):
+def test_a_run_can_be_extended(tmp_path, small, whole, capsys):
     """It equals one that was long from the start: the point of the curve at the old end is gone."""
     out = tmp_path / "run"
     assert arcopo.main([*RECIPE, "--steps", 1, "--base", small, "--out", out]) == 0
@@ -1015,6 +1016,7 @@ def test_a_run_can_be_extended(tmp_path, small, whole):
     killed(arcopo.main, ["--resume", out, "--steps", 3], arcopo, "iterate_buffered", 2)
     assert arcopo.main(["--resume", out]) == 0
     assert ending(out) == whole["recipe"]
+    assert refused(["--resume", out, "--steps", 2], "has done 3 already", capsys)
 
 
 def test_a_reward_that_fails_once_costs_one_iteration(tmp_path, small, whole, monkeypatch):
