@@ -2,7 +2,7 @@
 
     python arcopo.py --steps 100                        the recipe: train two adapters, merge, judge
     python arcopo.py --method on-policy --steps 100     one adapter; also semi
-    python arcopo.py --resume runs/NAME                 continue a run; --steps 200: for longer
+    python arcopo.py --resume runs/NAME                 continue a run; add --steps 200 for more
     python arcopo.py --sample "a red circle moving right" --adapter runs/NAME/merged
     torchrun --nproc-per-node=8 arcopo.py --steps 100   each process draws groups of its own
 
@@ -89,12 +89,12 @@ class Method:
     updates: int = option(2, "policy updates per iteration", "2")
     prompts: int = option(4, "prompts P per iteration", "1 in Alg. 1; 24 GPUs")
     clip_range: float = option(1e-4, "ε of the ratio clip (Eq. 3); inf: no clip", "1e-4")
-    tau: float = option(0.03, "temperature τ₀ of mean squared distances (Eq. 5: of sums)")
+    tau: float = option(0.03, "temperature τ₀ of distances averaged over elements (Eq. 5: summed)")
     quasi_norm: float = option(0.0, "p of the quasi-norm of the advantages; 0: standard deviation",
                                "0.8 in Neighbor GRPO")
     floor: float = option(0.02, "lower bound of σ_r (Eq. 3), in the reward's unit")
-    micro: int = option(0, "maximum rows in a batch of the generator, but at least one for each "
-                        "prompt; 0: no limit, or 48 in judging")
+    micro: int = option(0, "largest batch of the generator, in rows (a smaller one than --prompts "
+                        "counts as that); 0: no limit, but 48 in judging")
 
     def __post_init__(self):
         largest = {"sigma": 1, "quasi_norm": 2, "anchors": self.group, "clip_range": math.inf}
@@ -772,7 +772,8 @@ def iterate_buffered(model: Generator, adapter: Adapter, optimizer: torch.optim.
                      method: Method, buffer: list[dict], rng: torch.Generator) -> dict:
     """One iteration of semi-on-policy training (Sec. 3.3): method.updates times, draw groups from
     the buffer and update once -> metrics as those of iterate, means over draws, but sums of skipped
-    and not_finite. With clip_range = inf it is the paper's off-policy baseline."""
+    and not_finite. method.tau is the buffer's (--buffer-tau of the script). With clip_range = inf
+    it is the paper's off-policy baseline."""
     began, rows, drawn = time.perf_counter(), [], []
     for _ in range(method.updates):
         branches, scores = draw_from(buffer, model, method.prompts, rng)
@@ -829,7 +830,7 @@ class Settings(Method):
     sweep: tuple = option((0.4, 0.6, 0.8, 1.0), "strengths s of the on-policy adapter", "0.4 to 1")
     method: str = option("", "train one adapter alone; semi with --clip-range inf is the paper's "
                          "off-policy baseline", choices=("on-policy", "semi"))
-    sample: str = option("", "write clips of this prompt to --out (a .gif) instead")
+    sample: str = option("", "write clips of this prompt to --out (a .gif) instead of training")
     samples: int = option(1, "with --sample: how many clips, side by side")
     adapter: str = option("", "with --sample: the folder of the adapter to apply")
     out: str = option("", "run folder [runs/DATE-TIME]; with --sample the GIF [clip.gif]")
@@ -900,7 +901,7 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
     """Train an adapter, or continue from the checkpoint that every iteration ends with. A run that
     is killed at any time and resumed ends as one that was not. Writes NAME/, NAME.csv and, judged
     with `reward`, NAME-curve.csv. iteration(model, adapter, optimizer, rng=rng) -> a row of
-    NAME.csv. Raises UserError if all groups were flat."""
+    NAME.csv. Raises UserError if the rewards of a group never differed."""
     kind = "buffered" if name == "semi" else "explored"     # stream of random numbers
     seed, process = settings.seed, (RANK,) if RANK else ()  # each process draws its own groups
     adapter = Adapter.new(model, settings.rank, settings.alpha, seeded(seed, kind, "adapter"))
@@ -936,10 +937,9 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
                         "rows": rows, "curve": curve}, checkpoint)
             bar.set_postfix({what: f"{of[-1]['reward']:+.2f}" for what, of in
                              (("reward", rows), ("judged reward", curve)) if of})
-    if all(row["flat_groups"] == 1 for row in rows):
-        raise UserError(f"{name} learned nothing: in no group did the rewards differ by --floor "
-                        f"{settings.floor}; start a new run with a lower one, or another reward, "
-                        "as --resume can change neither")
+    if not any(row["deviation"] > 0 for row in rows):
+        raise UserError(f"{name} learned nothing: in no group did the rewards differ; start a new "
+                        "run with another reward, as --resume cannot change it")
     return adapter
 
 
@@ -1009,11 +1009,11 @@ def write_report(folder: Path, settings: Settings, clips: dict[str, Tensor], row
                               f"{row['all_right']:.2f}", f"{row['mended']:.0%}",
                               f"{row['spoiled']:.0%}", f"{row['area']:.0f}")
     if chosen:
-        rule = "semi, as no s improves" if chosen == "semi" else "the largest s that improves"
+        rule = "semi alone, as no s improves" if chosen == "semi" else "the largest s that improves"
         report += f"\nThe model in merged/ has a *: {rule} both reward and judge over the base.\n"
         row = next(row for row in rows if row["model"] == chosen)
         if not (row["Δ reward"] > 0 and row["Δ judge"] > 0):
-            report += "Semi does not improve both: use the base, or other settings.\n"
+            report += "Nor does semi alone: use the base, or other settings.\n"
     shown = [name for name in clips if name == chosen or not name.startswith("s = ")]
     report += (f"Clips of each {settings.judge_prompts} prompt: {settings.judge_samples}, on the "
                "same noise for all models. Δ: change from the\nbase ± standard error over prompts; "
@@ -1055,8 +1055,9 @@ def parse(arguments: list | None = None, cls: type = Settings, only: set | None 
     def numbers(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
 
-    parser = Parser(description=description.split("\n\n")[0], argument_default=argparse.SUPPRESS,
-                    allow_abbrev=False)
+    parser = Parser(description="\n\n".join(description.split("\n\n")[:2]), allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter,
+                    argument_default=argparse.SUPPRESS)
     for f in fields(cls):
         if only is None or f.name in only:
             about = f.metadata
@@ -1151,7 +1152,8 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
     returns. Raises UserError."""
     device = choose_device(settings.device)
     if dist.is_torchelastic_launched() and not dist.is_initialized():           # by torchrun
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        cuda = torch.device(device) if device.startswith("cuda") else None
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=cuda)
     processes = dist.get_world_size() if dist.is_initialized() else 1
     folder = Path(settings.out)
     if settings.resume:
@@ -1230,24 +1232,22 @@ def write_sample(settings: Settings) -> None:
         raise UserError(f"--out {file}: must be the name of a .gif file")
     model = load_generator(settings.base, choose_device(settings.device), settings.timesteps)
     adapter = Adapter.load(settings.adapter, model) if settings.adapter else None
-    noise = draw_noise(model, settings.samples, seeded(settings.seed, "sampling"))
+    prompts, rng = [settings.sample] * settings.samples, seeded(settings.seed, "sampling")
     with torch.no_grad(), adapter.on(model) if adapter else nullcontext():
-        clips = sample(model, [settings.sample] * settings.samples, noise)
+        clips = sample_batches(model, prompts, rng, settings.micro)
     file.parent.mkdir(parents=True, exist_ok=True)
     save_gif(clips, file, settings.samples, scale=8)
     print(f"wrote {file}")
 
 
 def exit_code(error: BaseException, folder: str = "") -> int:
-    """Print the one line of a user's mistake -> exit code. Any other error is raised again."""
+    """Print one line for Ctrl-C, too little memory or a user's mistake -> exit code. Any other
+    error is raised again."""
     message, code = str(error), 2
-    if isinstance(error, BrokenPipeError):                      # | head: all files are written
-        sys.stdout = open(os.devnull, "w")
-        return 0
     if isinstance(error, KeyboardInterrupt):
         message, code = "interrupted", 130
     elif re.search("out of memory|can't allocate|alloc_failed", message, re.IGNORECASE):
-        message = f"out of memory ({message}); lower --micro, also when you resume, or --prompts"
+        message = f"out of memory ({message}); set a small --micro, also when you resume"
     elif not isinstance(error, (UserError, OSError)):
         raise error
     if folder and "--resume" not in message and (Path(folder) / "settings.json").exists():
@@ -1266,10 +1266,13 @@ def command(body: Callable, arguments: list | None = None, **parsing) -> int:
         else:
             folder = settings.resume or settings.out or time.strftime("runs/%Y%m%d-%H%M%S")
             body(replace(settings, out=folder))
-        sys.stdout.flush()              # here, a closed pipe is still caught
-        return 0
     except (Exception, KeyboardInterrupt) as error:
         return exit_code(error, folder)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:             # as by | head; all files are written
+        sys.stdout = open(os.devnull, "w")
+    return 0
 
 
 def main(arguments: list | None = None) -> int:
