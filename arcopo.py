@@ -1068,6 +1068,9 @@ def parse(arguments: list | None = None, cls: type = Settings, only: set | None 
                                 help=text, choices=about["choices"] or None,
                                 metavar=None if about["choices"] else "X")
     given = vars(parser.parse_args(arguments and [str(a) for a in arguments]))
+    for name, value in given.items():
+        if value == "":
+            raise UserError(f"{flag(name)}: is empty; give a value or leave it out")
     for name in given.keys() & {"base", "clip"}:
         if Path(given[name]).exists():                          # for --resume from elsewhere
             given[name] = str(Path(given[name]).resolve())

@@ -1198,7 +1198,8 @@ def test_a_stdout_that_was_closed_is_no_error(tmp_path, base, monkeypatch, capsy
 @pytest.mark.parametrize("line, says", [
     ("--bogus 3", "--bogus"), ("--lr nan", "--lr nan"), ("--group 1", "--anchors 2"),
     ("--prompts 97", "--prompts 97"), ("--method grpo", "on-policy"), ("--device tpu9", "tpu9"),
-    ("--samples 2", "no effect here"), ("--method semi --lr 0.1", "no effect here"),
+    ("--samples 2", "no effect here"), ("--sample EMPTY", "--sample: is empty"),
+    ("--method semi --lr 0.1", "no effect here"),
     ("--reward ta=1,zz=2", "ta, vq, mq"), ("--reward no_such_module:f=1", "ModuleNotFoundError"),
     ("--reward reward:f=1", "rename your file"), ("--clip missing --reward ta=1", "open_clip"),
     ("--clip ViT-B-32:pickled.pt --reward ta=1", "open_clip"), ("--base pickled.pt", "--base"),
@@ -1216,7 +1217,7 @@ def test_bad_input_is_one_line_and_writes_nothing(line, says, tmp_path, small, c
     Adapter.new(little(), 2, 2.0).save("broken", little())
     Path("broken/adapter_model.safetensors").write_bytes(b"")
     before = content(tmp_path)
-    given = [PROMPTS[0] if word == "PROMPT" else word for word in line.split()]
+    given = [{"PROMPT": PROMPTS[0], "EMPTY": ""}.get(word, word) for word in line.split()]
     assert refused([*SEMI, "--base", small, *given], says, capsys)      # the last value counts
     assert content(tmp_path) == before
 

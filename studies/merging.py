@@ -9,9 +9,12 @@ from pathlib import Path
 
 from arcopo import (Adapter, Settings, command, judge_models, judged_rows, load, merge_adapters,
                     read_record, run, write_csv)
+from reward import UserError
 
 
 def study(settings: Settings) -> None:
+    if settings.method:
+        raise UserError("--method: this study needs the whole recipe; leave it out")
     run(settings)
     folder = Path(settings.out)
     model, reward, _ = load(settings, read_record(folder)["reward_scales"])
