@@ -940,6 +940,10 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
     if not any(row["deviation"] > 0 for row in rows):
         raise UserError(f"{name} learned nothing: in no group did the rewards differ; start a new "
                         "run with another reward, as --resume cannot change it")
+    left_out = sum(row["not_finite"] + row["skipped"] for row in rows)
+    if left_out and RANK == 0:
+        print(f"{name}: {left_out:g} rewards and updates were not finite and were left out",
+              file=sys.stderr)
     return adapter
 
 
