@@ -169,12 +169,12 @@ def test_weighted_reward_puts_the_components_on_one_scale():
 
 
 def test_a_reward_that_fails_is_constant_or_returns_something_else_is_named():
-    for value, says in ((lambda: None, "returned NoneType"),
+    for value, says in ((lambda: None, "returned NoneType"), (lambda: 1 / 0, "failed"),
+                        (lambda: (torch.zeros(3), {}), "returned tuple"),
                         (lambda: [1, 2], "returned a tensor of shape (2,) for 3"),
                         (lambda: torch.zeros(3, 1), "returned a tensor of shape (3, 1) for 3"),
                         (lambda: torch.full((3,), 0.1), "is the same number for all"),
-                        (lambda: torch.full((3,), math.nan), "is the same number for all"),
-                        (lambda: 1 / 0, "failed")):
+                        (lambda: torch.full((3,), math.nan), "is the same number for all")):
         bad = WeightedReward({"my:f": lambda clips, prompts: value()}, {"my:f": 1.0})
         with pytest.raises(UserError, match=re.escape(f"--reward my:f: {says}")):
             bad.measure_scales(torch.zeros(3, 1), PROMPTS)
@@ -246,6 +246,7 @@ def test_nothing_but_the_pivots_own_noise_differs(kind, flow):
     """Each branch is what plain sampling gives from the shared noise with that tensor exchanged."""
     model, noise = tiny(flow=flow), draw_noise(tiny(flow=flow), 3, seeded(0))
     own = {name: x[:, 2, None].expand(-1, 4, *x.shape[2:]) for name, x in noise._asdict().items()}
+    assert torch.equal(branch_noise(noise, 2, 0.5, 4, seeded(1))[1], own["solver"])
     base = getattr(noise, kind)
     own[kind] = neighbor_noise(base[:, 2], 0.5, 4, seeded(1)).transpose(0, 1)
     branches, clips = fork(model, PROMPTS, 2, noise, **own)
@@ -328,8 +329,7 @@ def test_group_advantages():
     assert torch.equal(group_advantages(half), group_advantages(half.float()))
     rewards[0, :2], rewards[1] = torch.tensor([math.nan, math.inf]), -math.inf      # left out
     found = group_advantages(rewards)
-    assert torch.allclose(found[0, 2:], group_advantages(rewards[0, 2:]))
-    assert (found[0, :2] == 0).all()
+    assert torch.allclose(found[0, 2:], group_advantages(rewards[0, 2:])) and not found[0, :2].any()
     assert (found[1] == 0).all() and torch.equal(found[2:], A[2:])
 
 
@@ -1062,13 +1062,13 @@ def test_resume_takes_settings_of_the_machine_alone(tmp_path, small, capsys, mon
     before = content(out)
     assert refused(line, f"--out {out}", capsys)
     monkeypatch.chdir(small.parent)
-    for other in ("--lr 0.1", "--method semi", "--base other", "--steps 0"):
+    for other in ("--lr 0.1", "--group 4", "--reward ta=1", "--method semi",
+                  "--base base.safetensors"):
         assert refused(["--resume", out, *other.split()], other.split()[0], capsys)
     assert refused(["--resume", tmp_path], f"--resume {tmp_path}", capsys)
     assert content(out) == before
     monkeypatch.setattr(WeightedReward, "measure_scales", None)
-    more = ["--micro", 2, "--device", "cpu", "--judge-samples", 2]
-    assert arcopo.main(["--resume", out, *more]) == 0
+    assert arcopo.main(["--resume", out, *"--micro 2 --device cpu --judge-samples 2".split()]) == 0
     assert len(read(out / "on-policy.csv")) == 2
     assert float(read(out / "judged.csv")[0]["spread"]) >= 0            # of two clips
     assert "since --resume" in (out / "report.md").read_text(encoding="utf-8")
@@ -1125,24 +1125,26 @@ def one_of_two_processes() -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_are_one_with_the_groups_of_both(tmp_path, base, capsys):
+def test_two_processes_are_one_with_the_groups_of_both(tmp_path, small, capsys):
     """A gradient that is not finite on one skips the update on both; one writes."""
     start = f"import {__name__} as tests; tests.one_of_two_processes()"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               "--no-python", sys.executable, "-c", start, tmp_path, base]
+               "--no-python", sys.executable, "-c", start, tmp_path, small]
     out = subprocess.check_output(command, env=IMPORTING, text=True)
     whole = ending(tmp_path / "whole")
     assert whole == ending(tmp_path / "killed") and len(whole["on-policy.csv"]) == 2
     assert {float(row["ratio_first"]) for row in whole["on-policy.csv"]} == {1.0}
     assert out.count("Run folder") == 2                     # of one process, in two runs
+    alone = tmp_path / "alone"
+    assert arcopo.main([*ON, "--steps", 2, "--base", small, "--out", alone]) == 0
+    assert read(alone / "on-policy.csv")[0]["reward"] != whole["on-policy.csv"][0]["reward"]
     assert refused(["--resume", tmp_path / "whole"], "as many processes as before, 2", capsys)
 
 
 def test_a_buffered_method_runs_alone_also_with_a_flow_model(tmp_path, small):
     flow, out = tmp_path / "flow.safetensors", tmp_path / "run"
     pretrain.save_generator(little(flow=True), flow)
-    line = [*SEMI, "--method", "semi", "--steps", 1, "--base", flow, "--out", out]
-    assert arcopo.main(line) == 0
+    assert arcopo.main([*SEMI, "--method", "semi", "--steps", 1, "--base", flow, "--out", out]) == 0
     assert left(out) == LEFT | {"semi", "semi.csv", "semi-curve.csv", "buffer.pt"}
     assert [row["model"] for row in read(out / "judged.csv")] == ["base", "semi"]
 
@@ -1207,14 +1209,13 @@ def test_a_stdout_that_was_closed_is_no_error(tmp_path, base, monkeypatch, capsy
 @pytest.mark.parametrize("line, says", [
     ("--bogus 3", "--bogus"), ("--lr nan", "--lr nan"), ("--group 1", "--anchors 2"),
     ("--prompts 97", "--prompts 97"), ("--method grpo", "on-policy"), ("--device tpu9", "tpu9"),
-    ("--samples 2", "no effect here"), ("--sample EMPTY", "--sample: is empty"),
-    ("--method semi --lr 0.1", "no effect here"),
+    ("--samples 2", "no effect here"), ("--method semi --lr 0.1", "no effect here"),
     ("--reward ta=1,zz=2", "ta, vq, mq"), ("--reward no_such_module:f=1", "ModuleNotFoundError"),
     ("--reward reward:f=1", "rename your file"), ("--clip missing --reward ta=1", "open_clip"),
     ("--clip ViT-B-32:pickled.pt --reward ta=1", "open_clip"), ("--base pickled.pt", "--base"),
-    ("--base missing", "--base"), ("--out pickled.pt/run", "pickled.pt"),
+    ("--base none", "--base"), ("--base old", "--base"), ("--sample EMPTY", "--sample: is empty"),
     ("--sample purple", "COLOUR one of red"), ("--sample PROMPT --out clip.png", "a .gif file"),
-    ("--sample PROMPT --adapter broken", "not an adapter")])
+    ("--out pickled.pt/run", "pickled.pt"), ("--sample PROMPT --adapter broken", "not an adapter")])
 def test_bad_input_is_one_line_and_writes_nothing(line, says, tmp_path, small, capsys, monkeypatch):
     """Also weights that are a pickle, which is not loaded."""
     class Runs:
@@ -1223,6 +1224,7 @@ def test_bad_input_is_one_line_and_writes_nothing(line, says, tmp_path, small, c
 
     monkeypatch.chdir(tmp_path)
     torch.save(Runs(), "pickled.pt")
+    save_file({}, "old", {"arcopo": json.dumps({"record": {"generator": {}}})})   # lacks weights
     Adapter.new(little(), 2, 2.0).save("broken", little())
     Path("broken/adapter_model.safetensors").write_bytes(b"")
     before = content(tmp_path)
@@ -1323,8 +1325,7 @@ def test_entropy_changes_only_where_noise_is_redrawn(tmp_path, base, monkeypatch
     monkeypatch.setattr(measure, "HELD_OUT_PROMPTS", PROMPTS)
     spy = Mock(wraps=fork)
     monkeypatch.setattr(measure, "fork", spy)
-    line = ["--what", "entropy", "--base", base, "--out", tmp_path / "run"]
-    assert measure.main(line) == 0
+    assert measure.main(["--what", "entropy", "--base", base, "--out", tmp_path / "run"]) == 0
     rows = read(tmp_path / "run" / "entropy.csv")
     assert len(rows) == len(spy.mock_calls) == 2 * CHUNKS       # the initial and the solver noise
     for row, call in zip(rows, spy.mock_calls):
@@ -1340,10 +1341,8 @@ def test_the_base_study_measures_groups_by_pivot(tmp_path, small, monkeypatch):
     both = torch.tensor([[0.1, 0.9], [0.5, 0.2]])
     assert measure.correlation(both, 3 - both) == pytest.approx(-1)
     monkeypatch.setattr(measure, "HELD_OUT_PROMPTS", PROMPTS)
-    line = ["--what", "base", "--group", 4, "--base", small, "--out", tmp_path / "run"]
-    assert measure.main(line) == 0
-    found = {(row["subject"], row["measure"]): row["value"]
-             for row in read(tmp_path / "run" / "base.csv")}
+    assert measure.main(["--what", "base", "--group", 4, "--base", small, "--out", tmp_path]) == 0
+    found = {(row["subject"], row["measure"]): row["value"] for row in read(tmp_path / "base.csv")}
     for pivot in (f"pivot {p + 1}" for p in range(CHUNKS)):
         assert float(found[pivot, "deviation of ta"]) > 0 and (pivot, "area and light") in found
 

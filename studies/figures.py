@@ -20,7 +20,7 @@ from reward import HELD_OUT_PROMPTS, judge
 from studies.common import HERE, program
 from studies.tables import TEXT_ALONE, changes, rows_of
 
-TITLES = {"reward": "reward, deviations", "judge": "judge", "area": "area of the shape, px²",
+TITLES = {"reward": "reward, standard deviations", "judge": "judge", "area": "area of the shape, px²",
           "all_right": "share of clips all right", "ta": "TA",
           "displacement": "displacement in a clip, px",
           "spread": "spread of a prompt's clips, px"}
@@ -92,7 +92,7 @@ def tradeoff():
 
 
 def ta():
-    """C4 and C5: trainings on TA alone. Collapse leaves the plots."""
+    """C4 and C5: trainings on TA alone."""
     figure, plots = plt.subplots(1, 4, figsize=(16, 4.4), layout="constrained")
     limits = {"ta": (-0.12, 0.12), "judge": (-0.1, 0.08), "all_right": (-0.3, 0.15)}
     for label in ("on-policy", "on-policy, 4 times the rate", "semi", "semi, 25 times the rate",
@@ -103,13 +103,14 @@ def ta():
             axes.set(title=f"Δ {TITLES[column]}", xlabel="iteration", ylim=limits[column])
         plots[3].plot(*([mean(v) for v in points[c].values()] for c in ("ta", "judge")),
                       marker="o", markersize=4, color=COLOURS[label])
-    plots[3].set(title="along training", xlabel="Δ TA", ylabel="Δ judge", xlim=(-0.04, 0.1),
-                 ylim=(-0.04, 0.06))
-    figure.legend(*plots[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    plots[3].set(title="Δ judge against Δ TA, from (0, 0)", xlabel="Δ TA", ylabel="Δ judge",
+                 xlim=(-0.04, 0.1), ylim=(-0.04, 0.06))
+    figure.legend(*plots[0].get_legend_handles_labels(), loc="outside lower center", ncols=5,
+                  title="a line that leaves its panel has collapsed")
     return figure
 
 
-def show(axes, frame: torch.Tensor, right: bool | None = None, size: int = 12) -> None:
+def show(axes, frame: torch.Tensor, right: bool | None = None, size: int = 18) -> None:
     """A frame [3, H, W] in [0, 1]; with `right` given, a tick or a cross on it."""
     axes.imshow(frame.permute(1, 2, 0).clamp(0, 1).numpy())
     axes.set(xticks=[], yticks=[])
