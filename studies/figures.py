@@ -20,8 +20,8 @@ from reward import HELD_OUT_PROMPTS, judge
 from studies.common import HERE, program
 from studies.tables import TEXT_ALONE, changes, rows_of
 
-TITLES = {"reward": "reward, standard deviations", "judge": "judge", "area": "area of the shape, px²",
-          "all_right": "share of clips all right", "ta": "TA",
+TITLES = {"reward": "reward, standard deviations", "judge": "judge", "ta": "TA",
+          "all_right": "share of clips all right", "area": "area of the shape, px²",
           "displacement": "displacement in a clip, px",
           "spread": "spread of a prompt's clips, px"}
 COLOURS = {"on-policy": "tab:red", "semi": "tab:blue", "merged": "tab:purple",
