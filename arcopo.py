@@ -873,7 +873,7 @@ def seeded(seed: int, *stream: str | int) -> torch.Generator:
     state = generator.get_state()
     words = hashlib.shake_256(repr((seed, *stream)).encode()).digest(4 * 624)
     words = torch.frombuffer(bytearray(words), dtype=torch.uint32).long().view(torch.uint8)
-    state[24 : 24 + len(words)] = words             # after the seed and two counters
+    state[24 : 24 + len(words)] = words             # after the seed, two counters and a flag
     return generator.set_state(state)
 
 
@@ -901,12 +901,14 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
     """Train an adapter, or continue from the checkpoint that every iteration ends with. A run that
     is killed at any time and resumed ends as one that was not. Writes NAME/, NAME.csv and, judged
     with `reward`, NAME-curve.csv. iteration(model, adapter, optimizer, rng=rng) -> a row of
-    NAME.csv. Raises UserError if the rewards of a group never differed."""
+    NAME.csv. Raises UserError if the rewards differed in no group."""
     kind = "buffered" if name == "semi" else "explored"     # stream of random numbers
-    seed, process = settings.seed, (RANK,) if RANK else ()  # each process draws its own groups
+    seed = settings.seed
+    process = (RANK,) if RANK else ()                       # each process draws its own groups
     adapter = Adapter.new(model, settings.rank, settings.alpha, seeded(seed, kind, "adapter"))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr, weight_decay=0)
-    checkpoint, rows, curve, next_step = folder / f"{name}.checkpoint.pt", [], [], 0
+    checkpoint = folder / f"{name}.checkpoint.pt"
+    rows, curve, next_step = [], [], 0
     judged = lambda step: step % settings.judge_every == 0 or step == settings.steps
     samples = min(2, settings.judge_samples)
     if checkpoint.exists():
@@ -1194,8 +1196,9 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
 def run(settings: Settings) -> None:
     """The recipe, or the training of settings.method alone: train, merge, judge, choose s and write
     all to the run folder."""
-    began, adapters, merged, chosen = time.perf_counter(), {}, {}, ""
+    began = time.perf_counter()
     folder, model, reward, buffer_reward = start(settings)
+    adapters = {}
     if settings.method != "semi":
         iteration = partial(iterate, method=settings, prompts=TRAIN_PROMPTS, reward=reward)
         adapters["on-policy"] = train("on-policy", model, settings, settings.lr, iteration, reward,
@@ -1215,17 +1218,19 @@ def run(settings: Settings) -> None:
         iteration = partial(iterate_buffered, method=method, buffer=buffer)
         adapters["semi"] = train("semi", model, settings, settings.buffer_lr, iteration, reward,
                                  folder)
+    models = {"base": None} | adapters
     if not settings.method:
-        merged = {s: merge_adapters((adapters["semi"], 1.0), (adapters["on-policy"], s))
-                  for s in settings.sweep}
-    models = {"base": None} | adapters | {f"s = {s:g}": merged[s] for s in merged}
+        for s in settings.sweep:
+            models[f"s = {s:g}"] = merge_adapters((adapters["semi"], 1.0),
+                                                  (adapters["on-policy"], s))
     bar = progress(models.items(), desc="judging", unit="model")
     samples = settings.judge_samples
     clips, scores = judge_models(bar, model, reward, settings, samples, "judging")
     rows = judged_rows(scores)
-    if merged:
+    chosen = ""
+    if not settings.method:
         both = {row["model"]: (row["reward"], row["judge"]) for row in rows}
-        s = choose_strength({s: both[f"s = {s:g}"] for s in merged}, both["base"])
+        s = choose_strength({s: both[f"s = {s:g}"] for s in settings.sweep}, both["base"])
         chosen = "semi" if s is None else f"s = {s:g}"
         if RANK == 0:
             models[chosen].save(folder / "merged", model)
