@@ -1175,7 +1175,8 @@ def test_rewards_that_never_vary_are_told(factor, tmp_path, small, monkeypatch, 
 def test_rewards_that_are_not_finite_are_counted(tmp_path, small, monkeypatch, capsys):
     plain = WeightedReward.__call__
     monkeypatch.setattr(WeightedReward, "__call__", lambda *a: {
-        name: x.index_fill(0, torch.tensor(0), math.nan) for name, x in plain(*a).items()})
+        name: x.index_fill(0, torch.tensor(0, device=x.device), math.nan)
+        for name, x in plain(*a).items()})
     assert arcopo.main([*ON, "--steps", 2, "--base", small, "--out", tmp_path / "run"]) == 0
     assert capsys.readouterr().err == (
         "on-policy: 2 rewards and updates were not finite and were left out\n")

@@ -129,11 +129,11 @@ def parts(model: Generator, settings: Measurement) -> dict[str, tuple[Callable, 
     optimizer = torch.optim.AdamW(adapter.parameters(), settings.lr, weight_decay=0)
     rewards = torch.randn(P, G, generator=seeded(0)).to(model.device)
     noise = draw_noise(model, P, seeded(settings.seed, "noise"))
+    own = [branch_noise(noise, pivot, settings.sigma, G, seeded(1)) for pivot in range(L)]
 
     def explore(pivot: int) -> None:
-        own = branch_noise(noise, pivot, settings.sigma, G, seeded(1))
         with torch.no_grad(), adapter.on(model):
-            forks[pivot] = fork(model, prompts, pivot, noise, *own)[0]
+            forks[pivot] = fork(model, prompts, pivot, noise, *own[pivot])[0]
 
     def improve(pivots: list[int], anchors: int) -> None:
         method = replace(settings, anchors=anchors)

@@ -145,25 +145,30 @@ def entropy() -> str:
 
 
 def cost() -> str:
-    """C8: ratios of seconds, and of what counting predicts; means over pivots."""
+    """C8: ratios of seconds by device and P, and of what counting gives; means over pivots."""
     rollouts, everything = "independent rollouts", "update, all anchors and chunks"
     ratios = {
         "fork / independent rollouts": (["fork"], [rollouts]),
-        "update of the pivot / of all branches and chunks": (["update"], [everything]),
+        "update of the pivot / of all chunks, branches": (["update"], [everything]),
         "fork and update / those of whole sequences": (["fork", "update"], [rollouts, everything]),
         "update, 4 anchors / all 12": (["update"], ["update, all anchors"]),
         "SDE-GRPO: fork and update / AR-CoPO's, all 12":
             (["fork", "SDE-GRPO, update"], ["fork", "update, all anchors"])}
-    runs = {}                                               # {seed: {part: rows}}
+    runs = {}                                               # {column: {seed: {part: rows}}}
     for row in rows_of("cost.csv"):
         part = re.sub(r" \d$", "", row["part"])             # without the pivot
-        runs.setdefault(row["seed"], {}).setdefault(part, []).append(row)
+        device = row["device"].removeprefix("NVIDIA ").removesuffix(" cores")
+        seeds = runs.setdefault(f"{device}, P={row['prompts']}", {})
+        seeds.setdefault(row["seed"], {}).setdefault(part, []).append(row)
     table = {}
     total = lambda run, parts, column: sum(mean(values(run[part], column)) for part in parts)
     for label, (above, below) in ratios.items():
-        measured, counted = ([total(run, above, column) / total(run, below, column)
-                              for run in runs.values()] for column in ("seconds", "counted"))
-        table[label] = {"measured": spread(measured, 2), "counted": f"{counted[0]:.2f}"}
+        row = table[label] = {}
+        for title, seeds in runs.items():
+            measured, counted = ([total(run, above, column) / total(run, below, column)
+                                  for run in seeds.values()] for column in ("seconds", "counted"))
+            row[title] = spread(measured, 2)
+        row["counted"] = f"{counted[0]:.2f}"                # the same for all
     return markdown(table, "ratio")
 
 
