@@ -10,8 +10,8 @@ He et al., AR-CoPO: Align Autoregressive Video Generation with Contrastive Polic
 arXiv 2603.17461 ("the paper"), built on He et al., Neighbor GRPO, arXiv 2511.16955. The generator
 is a miniature of the one in Self-Forcing, arXiv 2506.08009; CLIP scores stand in for VideoAlign, a
 procedural judge for VBench (reward.py). The word "Departure" marks each place where this file
-differs from the paper; --help shows the paper's value of a setting. The method comes first, in the
-paper's order, then the script that runs it.
+differs from the paper; --help shows the paper's value of a setting. The method comes first, then
+the script that runs it.
 
 Symbol          in the paper      here
 L, p            Sec. 3.2          model.chunks; pivot, counted from 0 (from 1 in all output)
@@ -93,17 +93,18 @@ class Method:
     quasi_norm: float = option(0.0, "p of the quasi-norm of the advantages; 0: standard deviation",
                                "0.8 in Neighbor GRPO")
     floor: float = option(0.02, "lower bound of σ_r (Eq. 3), in the reward's unit")
-    micro: int = option(0, "largest batch of the generator, in rows (a smaller one than --prompts "
-                        "counts as that); 0: no limit, but 48 in judging")
+    micro: int = option(0, "largest batch of the generator, in rows (in training, a smaller one "
+                        "than --prompts counts as that); 0: no limit, but 48 in judging")
 
     def __post_init__(self):
+        if self.group < 2:
+            raise ValueError(f"group {self.group}: must be at least 2, to compare rewards")
         largest = {"sigma": 1, "quasi_norm": 2, "anchors": self.group, "clip_range": math.inf}
         for f in fields(self):
             value, top = getattr(self, f.name), largest.get(f.name, 1e18)
             if f.type in (int, float) and not (0 < value <= top or value == f.default == 0):
                 least = "at least" if f.default == 0 else "above"
-                most = f" and at most {top:g}" if top < 1e18 else ""
-                raise ValueError(f"{f.name} {value}: must be {least} 0{most}")
+                raise ValueError(f"{f.name} {value}: must be {least} 0 and at most {top:g}")
 
 
 # ------------------------------------------------------------------ generator
@@ -501,7 +502,8 @@ class Adapter:
                     undo.enter_context(hook)
                 else:
                     undo.callback(parameters.update, weight=weight)
-                    merged = weight + scale * B @ A
+                    with torch.autocast(weight.device.type, enabled=False):
+                        merged = weight + scale * B @ A
                     parameters["weight"] = nn.Parameter(merged, requires_grad=False)
             yield model
 
@@ -532,8 +534,9 @@ class Adapter:
             adapter = cls(weights, config["lora_alpha"])
         except Exception as error:      # safetensors has exceptions of its own
             others = [str(path.parent) for path in Path(folder).glob(f"*/{file.name}")]
-            raise UserError(f"--adapter {folder}: not an adapter of this model ({error!r})"
-                            + f"; there are {', '.join(others)}" * bool(others)) from error
+            hint = f"; there are {', '.join(others)}" if others else ""
+            raise UserError(f"--adapter {folder}: not an adapter of this model ({error!r}){hint}"
+                            ) from error
         for name, value in trained_on(model).items():
             if record[name] != value:
                 raise UserError(f"--adapter {folder}: was trained with another {name} "
@@ -599,11 +602,11 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
     ratio_first      mean ρ at the first step; on-policy exactly 1
     clip_fraction    share of terms whose gradient the clip sets to zero, at the last step
     grad_norm        mean over steps
-    skipped          number of steps left out because their gradient was not finite; one prompt
-                     whose prefix is not finite is enough
+    skipped          number of steps left out because their gradient was not finite (Departure);
+                     one prompt whose prefix is not finite is enough
     """
-    pairs = draw_pairs(len(model.timesteps), rewards.shape[1], method.anchors, rng)
-    pairs = pairs.to(model.device)
+    T, G = len(model.timesteps), rewards.shape[1]
+    pairs = draw_pairs(T, G, method.anchors, rng).to(model.device)
     size = max(1, method.micro // len(rewards)) if method.micro else len(pairs)
     slices = [(part[:, 0], part[:, 1]) for part in pairs.split(size)]
     advantages = group_advantages(rewards, method.quasi_norm, method.floor)     # line 7, [P, G]
@@ -619,7 +622,7 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
     # under no_grad, so that the adapter acts by hooks, as below, and the first ratio is exactly 1.
     with nullcontext() if buffered else adapter.on(model):
         log_olds = [log_policy(*part).detach() for part in slices]
-    norms, ratios, skipped = [], [], 0
+    norms, ratios = [], []
     for _ in range(1 if buffered else method.updates):
         optimizer.zero_grad()
         log_ratios = []
@@ -639,15 +642,14 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
         ratios.append(torch.cat(log_ratios, 1).exp())
         if torch.isfinite(norms[-1]):
             optimizer.step()
-        else:
-            skipped += 1
     recorded = branches.candidates[:, pairs[:, 0], pairs[:, 1]].flatten(2)
     log_rollout = surrogate_log_policy(branches.candidates[:, pairs[:, 0]].flatten(3), recorded,
                                        method.tau)
     clipped = (ratios[-1] - 1) * advantages.sign() > method.clip_range
+    norms = torch.stack(norms)
     return {"replay_error": ((torch.cat(log_olds, 1) - log_rollout).abs() * usable).mean(),
             "ratio_first": ratios[0].mean(), "clip_fraction": clipped.float().mean(),
-            "grad_norm": torch.stack(norms).mean(), "skipped": rewards.new_full((), skipped)}
+            "grad_norm": norms.mean(), "skipped": (~norms.isfinite()).float().sum()}
 
 
 # ------------------------------------------------------------------ exploration and buffer
@@ -747,7 +749,8 @@ def reward_metrics(scores: dict[str, Tensor], floor: float) -> dict[str, Tensor]
 
 
 def metrics(rows: list[dict[str, Tensor]], drawn: list[Fork], began: float) -> dict:
-    """One row for the CSV: the average of the rows of an iteration's draws."""
+    """One row for the CSV: the average of the rows of an iteration's draws, but sums of skipped and
+    not_finite."""
     table = torch.stack([torch.stack(list(row.values())) for row in rows])      # [draws, metrics]
     row = dict(zip(rows[0], average_(table.mean(0)).tolist()))
     row |= {name: row[name] * len(rows) for name in ("skipped", "not_finite")}
@@ -771,16 +774,14 @@ def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer
 def iterate_buffered(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
                      method: Method, buffer: list[dict], rng: torch.Generator) -> dict:
     """One iteration of semi-on-policy training (Sec. 3.3): method.updates times, draw groups from
-    the buffer and update once -> metrics as those of iterate, means over draws, but sums of skipped
-    and not_finite. method.tau is the buffer's (--buffer-tau of the script). With clip_range = inf
-    it is the paper's off-policy baseline."""
+    the buffer and update once -> metrics as those of iterate. method.tau is the buffer's
+    (--buffer-tau of the script). With clip_range = inf it is the paper's off-policy baseline."""
     began, rows, drawn = time.perf_counter(), [], []
     for _ in range(method.updates):
         branches, scores = draw_from(buffer, model, method.prompts, rng)
-        row = reward_metrics(scores, method.floor)
-        row |= update(model, adapter, optimizer, branches, scores["reward"], method, rng,
-                      buffered=True)
-        rows.append(row)
+        rows.append(reward_metrics(scores, method.floor))
+        rows[-1] |= update(model, adapter, optimizer, branches, scores["reward"], method, rng,
+                           buffered=True)
         drawn.append(branches)
     return metrics(rows, drawn, began)
 
@@ -828,8 +829,9 @@ class Settings(Method):
                                "as --tau")      # Departure: the paper names one τ₀ for both
     buffer_reward: str = option("ta=1", "rewards of the buffer, as --reward", "TA")
     sweep: tuple = option((0.4, 0.6, 0.8, 1.0), "strengths s of the on-policy adapter", "0.4 to 1")
-    method: str = option("", "train one adapter alone; semi with --clip-range inf is the paper's "
-                         "off-policy baseline", choices=("on-policy", "semi"))
+    method: str = option("recipe", "what to train: both adapters, merged then, or one alone; semi "
+                         "with --clip-range inf is the paper's off-policy baseline",
+                         choices=("recipe", "on-policy", "semi"))
     sample: str = option("", "write clips of this prompt to --out (a .gif) instead of training")
     samples: int = option(1, "with --sample: how many clips, side by side")
     adapter: str = option("", "with --sample: the folder of the adapter to apply")
@@ -910,7 +912,6 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
     checkpoint = folder / f"{name}.checkpoint.pt"
     rows, curve, next_step = [], [], 0
     judged = lambda step: step % settings.judge_every == 0 or step == settings.steps
-    samples = min(2, settings.judge_samples)
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         for p, q in zip(adapter.parameters(), saved["parameters"]):
@@ -929,9 +930,8 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
                 bar.update()
             if judged(step):
                 models = [(name, adapter)]
-                scores = judge_models(models, model, reward, settings, samples, "curve")[1][name]
-                means = {column: x.mean().item() for column, x in scores.items()}
-                curve.append({"step": step} | means)
+                scores = judge_models(models, model, reward, settings, 2, "curve")[1][name]
+                curve.append({"step": step} | {key: x.mean().item() for key, x in scores.items()})
                 write_csv(folder / f"{name}-curve.csv", curve[-1:], "a")
                 if RANK == 0:
                     adapter.save(folder / name, model)
@@ -942,9 +942,8 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
     if not any(row["deviation"] > 0 for row in rows):
         raise UserError(f"{name} learned nothing: in no group did the rewards differ; start a new "
                         "run with another reward, as --resume cannot change it")
-    left_out = sum(row["not_finite"] + row["skipped"] for row in rows)
-    if left_out and RANK == 0:
-        print(f"{name}: {left_out:g} rewards and updates were not finite and were left out",
+    if any(row["not_finite"] + row["skipped"] > 0 for row in rows) and RANK == 0:
+        print(f"{name}: rewards or updates that were not finite were left out; see {name}.csv",
               file=sys.stderr)
     return adapter
 
@@ -1038,10 +1037,8 @@ def write_report(folder: Path, settings: Settings, clips: dict[str, Tensor], row
 # ------------------------------------------------------------------ command line
 
 CHANGEABLE = {"resume", "steps", "micro", "device", "sweep", "judge_samples"}   # with --resume
-WITHOUT_EFFECT = {"": "samples adapter",                                        # by --method
-                  "on-policy": "samples adapter buffer_groups buffer_lr buffer_tau buffer_reward "
-                               "sweep",
-                  "semi": "samples adapter lr tau sweep"}
+WITHOUT_EFFECT = {"recipe": "", "semi": "lr tau sweep",                         # by --method
+                  "on-policy": "buffer_groups buffer_lr buffer_tau buffer_reward sweep"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1071,8 +1068,7 @@ def parse(arguments: list | None = None, cls: type = Settings, only: set | None 
             text = about["text"] + (f" [{shown}]" if shown else "")
             text += f" (paper: {about['paper']})" if about["paper"] else ""
             parser.add_argument(flag(f.name), type=numbers if f.type is tuple else f.type,
-                                help=text, choices=about["choices"] or None,
-                                metavar=None if about["choices"] else "X")
+                                help=text, choices=about["choices"] or None)
     given = vars(parser.parse_args(arguments and [str(a) for a in arguments]))
     for name, value in given.items():
         if value == "":
@@ -1092,7 +1088,8 @@ def parse(arguments: list | None = None, cls: type = Settings, only: set | None 
     except ValueError as error:
         raise UserError(flag(str(error))) from error
     if not (settings.sample or settings.resume):
-        for name in given.keys() & set(WITHOUT_EFFECT[settings.method].split()):
+        idle = {"samples", "adapter", *WITHOUT_EFFECT[settings.method].split()}
+        for name in given.keys() & idle:
             raise UserError(f"{flag(name)} {given[name]}: has no effect here; leave it out")
     return settings
 
@@ -1159,9 +1156,10 @@ def read_record(folder: str | Path, cls: type = Settings) -> dict:
 def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
     """Begin a run in a new folder, or continue one: its folder, with settings.json, and what load
     returns. Raises UserError."""
-    device = choose_device(settings.device)
+    asked = asdict(settings) | {"resume": ""}
+    settings.device = choose_device(settings.device)
     if dist.is_torchelastic_launched() and not dist.is_initialized():           # by torchrun
-        cuda = torch.device(device) if device.startswith("cuda") else None
+        cuda = torch.device(settings.device) if settings.device.startswith("cuda") else None
         dist.init_process_group("nccl" if cuda else "gloo", device_id=cuda)
     processes = dist.get_world_size() if dist.is_initialized() else 1
     folder = Path(settings.out)
@@ -1181,7 +1179,7 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
         record = {"program": type(settings).__name__, "processes": processes, "commit": commit,
                   "torch": torch.__version__, "command": sys.argv, "reward_scales": None}
     model, reward, buffer_reward = load(settings, record["reward_scales"])
-    record |= {"settings": asdict(settings) | {"resume": ""}, "reward_scales": reward.scales}
+    record |= {"settings": asked, "reward_scales": reward.scales}
     if dist.is_initialized():
         dist.barrier()                          # all processes have looked for the folder by now
     if RANK == 0:
@@ -1189,7 +1187,6 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
         part = folder / "settings.json.part"
         part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         os.replace(part, folder / "settings.json")
-    settings.device = device        # for the report; settings.json keeps what was asked for
     return folder, model, reward, buffer_reward
 
 
@@ -1199,11 +1196,11 @@ def run(settings: Settings) -> None:
     began = time.perf_counter()
     folder, model, reward, buffer_reward = start(settings)
     adapters = {}
-    if settings.method != "semi":
+    if settings.method in ("recipe", "on-policy"):
         iteration = partial(iterate, method=settings, prompts=TRAIN_PROMPTS, reward=reward)
         adapters["on-policy"] = train("on-policy", model, settings, settings.lr, iteration, reward,
                                       folder)
-    if settings.method != "on-policy":
+    if settings.method in ("recipe", "semi"):
         file = folder / "buffer.pt"
         if file.exists():
             buffer = torch.load(file, weights_only=True)
@@ -1219,16 +1216,15 @@ def run(settings: Settings) -> None:
         adapters["semi"] = train("semi", model, settings, settings.buffer_lr, iteration, reward,
                                  folder)
     models = {"base": None} | adapters
-    if not settings.method:
+    if settings.method == "recipe":
         for s in settings.sweep:
             models[f"s = {s:g}"] = merge_adapters((adapters["semi"], 1.0),
                                                   (adapters["on-policy"], s))
     bar = progress(models.items(), desc="judging", unit="model")
-    samples = settings.judge_samples
-    clips, scores = judge_models(bar, model, reward, settings, samples, "judging")
+    clips, scores = judge_models(bar, model, reward, settings, settings.judge_samples, "judging")
     rows = judged_rows(scores)
     chosen = ""
-    if not settings.method:
+    if settings.method == "recipe":
         both = {row["model"]: (row["reward"], row["judge"]) for row in rows}
         s = choose_strength({s: both[f"s = {s:g}"] for s in settings.sweep}, both["base"])
         chosen = "semi" if s is None else f"s = {s:g}"
@@ -1258,7 +1254,7 @@ def exit_code(error: BaseException, folder: str = "") -> int:
     message, code = str(error), 2
     if isinstance(error, KeyboardInterrupt):
         message, code = "interrupted", 130
-    elif re.search("out of memory|can't allocate|alloc_failed", message, re.IGNORECASE):
+    elif re.search("out of memory|allocate|alloc_failed", message, re.IGNORECASE):
         message = f"out of memory ({message}); set a small --micro, also when you resume"
     elif not isinstance(error, (UserError, OSError)):
         raise error

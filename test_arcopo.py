@@ -87,7 +87,7 @@ def tiny_buffer(model: nn.Module, reward: Callable = brightness) -> list[dict]:
 @pytest.mark.parametrize("name, values", [
     ("tau", (-1.0, math.nan, math.inf)), ("anchors", (0, 5)), ("sigma", (0.0, 2.0)),
     ("clip_range", (0.0, -math.inf)), ("quasi_norm", (-0.5, 3.0)), ("micro", (-1,)),
-    ("group", (0,)), ("steps", (-1,)), ("lr", (math.nan,)), ("sweep", ((0.5, 0.0), (math.nan,))),
+    ("group", (0, 1)), ("steps", (-1,)), ("lr", (math.nan,)), ("sweep", ((0.5, 0.0), (math.nan,))),
     ("timesteps", ((0.9, 0.5), (1.0, 0.5, 0.5), (1.0, math.nan)))])
 def test_settings_refuse_nonsense_by_name(name, values):
     for build in [tiny_method, tiny_settings] if hasattr(Method, name) else [tiny_settings]:
@@ -688,6 +688,10 @@ def test_lora_is_in_float32_beside_bfloat16_weights():
     for mode in (torch.enable_grad, torch.no_grad):     # never merged into bfloat16
         with mode(), adapter.on(model):
             assert torch.equal(layer(x), expected) and A.dtype == torch.float32
+    weight = model.float().layers[0].weight
+    with torch.no_grad(), torch.autocast("cpu"), adapter.on(model):     # which is bfloat16
+        merged = layer.weight
+    assert torch.equal(merged, weight + 2 * B @ A)
 
 
 def test_an_adapter_of_another_base_or_other_times_is_refused(tmp_path):
@@ -1179,7 +1183,7 @@ def test_rewards_that_are_not_finite_are_counted(tmp_path, small, monkeypatch, c
         for name, x in plain(*a).items()})
     assert arcopo.main([*ON, "--steps", 2, "--base", small, "--out", tmp_path / "run"]) == 0
     assert capsys.readouterr().err == (
-        "on-policy: 2 rewards and updates were not finite and were left out\n")
+        "on-policy: rewards or updates that were not finite were left out; see on-policy.csv\n")
 
 
 @pytest.mark.parametrize("error, code, says", [

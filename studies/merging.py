@@ -13,7 +13,7 @@ from reward import UserError
 
 
 def study(settings: Settings) -> None:
-    if settings.method:
+    if settings.method != "recipe":
         raise UserError("--method: this study needs the whole recipe; leave it out")
     run(settings)
     folder = Path(settings.out)

@@ -61,7 +61,7 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
 
     with adapter.on(model):
         old = log_policy().detach()
-    norms, ratios, skipped = [], [], 0
+    norms, ratios = [], []
     for _ in range(method.updates):
         optimizer.zero_grad()
         with adapter.on(model):
@@ -71,13 +71,12 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
         ratios.append(log_ratio.detach().exp())
         if torch.isfinite(norms[-1]):
             optimizer.step()
-        else:
-            skipped += 1
     rollouts = log_densities(model, branches, branches.candidates[:, :-1])
     clipped = (ratios[-1] - 1) * advantages.sign() > method.clip_range
+    norms = torch.stack(norms)
     return {"replay_error": (old - rollouts).abs().mean(), "ratio_first": ratios[0].mean(),
-            "clip_fraction": clipped.float().mean(), "grad_norm": torch.stack(norms).mean(),
-            "skipped": rewards.new_full((), skipped)}
+            "clip_fraction": clipped.float().mean(), "grad_norm": norms.mean(),
+            "skipped": (~norms.isfinite()).float().sum()}
 
 
 def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer, method: Method,
