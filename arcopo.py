@@ -1068,7 +1068,8 @@ def parse(arguments: list | None = None, cls: type = Settings, only: set | None 
             text = about["text"] + (f" [{shown}]" if shown else "")
             text += f" (paper: {about['paper']})" if about["paper"] else ""
             parser.add_argument(flag(f.name), type=numbers if f.type is tuple else f.type,
-                                help=text, choices=about["choices"] or None)
+                                help=text, choices=about["choices"] or None,
+                                metavar=None if about["choices"] else "X")
     given = vars(parser.parse_args(arguments and [str(a) for a in arguments]))
     for name, value in given.items():
         if value == "":
