@@ -2,7 +2,7 @@
 
     python arcopo.py --steps 100                        the recipe: train two adapters, merge, judge
     python arcopo.py --method on-policy --steps 100     one adapter; also semi
-    python arcopo.py --resume runs/NAME                 continue a run; add --steps 200 for more
+    python arcopo.py --resume runs/NAME                 continue a run, --steps 200: up to 200
     python arcopo.py --sample "a red circle moving right" --adapter runs/NAME/merged
     torchrun --nproc-per-node=8 arcopo.py --steps 100   each process draws groups of its own
 
@@ -99,12 +99,15 @@ class Method:
     def __post_init__(self):
         if self.group < 2:
             raise ValueError(f"group {self.group}: must be at least 2, to compare rewards")
-        largest = {"sigma": 1, "quasi_norm": 2, "anchors": self.group, "clip_range": math.inf}
+        if self.anchors > self.group:
+            raise ValueError(f"anchors {self.anchors}: must be at most the group, {self.group}")
+        largest = {"sigma": 1, "quasi_norm": 2, "clip_range": math.inf}
         for f in fields(self):
             value, top = getattr(self, f.name), largest.get(f.name, 1e18)
             if f.type in (int, float) and not (0 < value <= top or value == f.default == 0):
                 least = "at least" if f.default == 0 else "above"
-                raise ValueError(f"{f.name} {value}: must be {least} 0 and at most {top:g}")
+                most = "finite" if top == 1e18 else f"at most {top:g}"
+                raise ValueError(f"{f.name} {value}: must be {least} 0 and {most}")
 
 
 # ------------------------------------------------------------------ generator
@@ -1091,7 +1094,8 @@ def parse(arguments: list | None = None, cls: type = Settings, only: set | None 
     if not (settings.sample or settings.resume):
         idle = {"samples", "adapter", *WITHOUT_EFFECT[settings.method].split()}
         for name in given.keys() & idle:
-            raise UserError(f"{flag(name)} {given[name]}: has no effect here; leave it out")
+            raise UserError(f"{flag(name)} {given[name]}: has no effect with --method "
+                            f"{settings.method}; leave it out")
     return settings
 
 

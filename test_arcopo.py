@@ -1212,9 +1212,9 @@ def test_a_stdout_that_was_closed_is_no_error(tmp_path, base, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("line, says", [
-    ("--bogus 3", "--bogus"), ("--lr nan", "--lr nan"), ("--group 1", "--anchors 2"),
+    ("--bogus 3", "--bogus"), ("--lr nan", "--lr nan"), ("--group 1", "--group 1: must be at least 2"),
     ("--prompts 97", "--prompts 97"), ("--method grpo", "on-policy"), ("--device tpu9", "tpu9"),
-    ("--samples 2", "no effect here"), ("--method semi --lr 0.1", "no effect here"),
+    ("--samples 2", "no effect with"), ("--method semi --lr 0.1", "no effect with"),
     ("--reward ta=1,zz=2", "ta, vq, mq"), ("--reward no_such_module:f=1", "ModuleNotFoundError"),
     ("--reward reward:f=1", "rename your file"), ("--clip missing --reward ta=1", "open_clip"),
     ("--clip ViT-B-32:pickled.pt --reward ta=1", "open_clip"), ("--base pickled.pt", "--base"),
