@@ -1212,7 +1212,7 @@ def test_a_stdout_that_was_closed_is_no_error(tmp_path, base, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("line, says", [
-    ("--bogus 3", "--bogus"), ("--lr nan", "--lr nan"), ("--group 1", "--group 1: must be at least 2"),
+    ("--bogus 3", "--bogus"), ("--lr nan", "--lr nan"), ("--group 1", "at least 2"),
     ("--prompts 97", "--prompts 97"), ("--method grpo", "on-policy"), ("--device tpu9", "tpu9"),
     ("--samples 2", "no effect with"), ("--method semi --lr 0.1", "no effect with"),
     ("--reward ta=1,zz=2", "ta, vq, mq"), ("--reward no_such_module:f=1", "ModuleNotFoundError"),
