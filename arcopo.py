@@ -2,7 +2,7 @@
 
     python arcopo.py --steps 100                        the recipe: train two adapters, merge, judge
     python arcopo.py --method on-policy --steps 100     one adapter; also semi
-    python arcopo.py --resume runs/NAME                 continue a run, --steps 200: up to 200
+    python arcopo.py --resume runs/NAME --steps 200     continue a run, here up to 200 iterations
     python arcopo.py --sample "a red circle moving right" --adapter runs/NAME/merged
     torchrun --nproc-per-node=8 arcopo.py --steps 100   each process draws groups of its own
 
@@ -782,9 +782,10 @@ def iterate_buffered(model: Generator, adapter: Adapter, optimizer: torch.optim.
     began, rows, drawn = time.perf_counter(), [], []
     for _ in range(method.updates):
         branches, scores = draw_from(buffer, model, method.prompts, rng)
-        rows.append(reward_metrics(scores, method.floor))
-        rows[-1] |= update(model, adapter, optimizer, branches, scores["reward"], method, rng,
-                           buffered=True)
+        row = reward_metrics(scores, method.floor)
+        row |= update(model, adapter, optimizer, branches, scores["reward"], method, rng,
+                      buffered=True)
+        rows.append(row)
         drawn.append(branches)
     return metrics(rows, drawn, began)
 
@@ -904,9 +905,9 @@ def write_csv(file: Path, rows: list[dict], mode: str = "w") -> None:
 def train(name: str, model: Generator, settings: Settings, lr: float, iteration: Callable,
           reward: Callable, folder: Path) -> Adapter:
     """Train an adapter, or continue from the checkpoint that every iteration ends with. A run that
-    is killed at any time and resumed ends as one that was not. Writes NAME/, NAME.csv and, judged
-    with `reward`, NAME-curve.csv. iteration(model, adapter, optimizer, rng=rng) -> a row of
-    NAME.csv. Raises UserError if the rewards differed in no group."""
+    is killed at any time and resumed ends as one that was not. Writes NAME/, NAME.csv and, from two
+    clips of each judging prompt, NAME-curve.csv. iteration(model, adapter, optimizer, rng=rng) -> a
+    row of NAME.csv. Raises UserError if the rewards differed in no group."""
     kind = "buffered" if name == "semi" else "explored"     # stream of random numbers
     seed = settings.seed
     process = (RANK,) if RANK else ()                       # each process draws its own groups
