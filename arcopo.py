@@ -119,11 +119,13 @@ TIMESTEPS = (1.0, 0.1, 0.05, 0.02)      # Departure: lower than the base was dis
 
 class Context(NamedTuple):
     """h_{p-1}: all that is fixed before chunk p."""
-    words: Tensor           # [N, width]                                  the prompt
-    kv: Tensor              # [N, layers, 2, heads, tokens, head width]   finished chunks
+    words: Tensor           # [N, width]   the prompt
+    kv: list                # of each block: keys, values of the finished chunks, two tensors
+                            # [N, heads, tokens, head width]
 
     def repeat(self, times: int) -> "Context":
-        return Context(*(x.repeat_interleave(times, 0) for x in self))
+        kv = [[x.repeat_interleave(times, 0) for x in pair] for pair in self.kv]
+        return Context(self.words.repeat_interleave(times, 0), kv)
 
 
 class Block(nn.Module):
@@ -139,22 +141,22 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, modulation: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        """x [N, M, W], modulation [N, 6, W], past [N, 2, heads, tokens, W/heads] -> x, and the new
-        keys and values [N, 2, heads, M, W/heads]."""
+    def forward(self, x: Tensor, modulation: Tensor, past: list) -> tuple[Tensor, list]:
+        """x [N, M, W], modulation [N, 6, W], past: keys and values [N, heads, past, W/heads] of the
+        chunks before -> x, and the keys and values [N, heads, past + M, W/heads]."""
         N, M, W = x.shape                                               # rows, tokens, width
         table = (modulation + self.table)[:, :, None]
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(1)  # [N, 1, W]
         y = F.layer_norm(x, (W,)) * (1 + scale1) + shift1
-        q, k, v = self.qkv(y).view(N, M, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = (F.rms_norm(z, z.shape[-1:]) for z in (q, k))            # [N, heads, M, W/heads]
-        keys = torch.cat([past[:, 0], k], 2)                            # [N, heads, past + M, ...]
-        values = torch.cat([past[:, 1], v], 2)
+        qkv = self.qkv(y).view(N, M, 3, self.heads, -1)
+        q, k = F.rms_norm(qkv[:, :, :2], qkv.shape[-1:]).permute(2, 0, 3, 1, 4)
+        keys = torch.cat([past[0], k], 2)                               # [N, heads, past + M, ...]
+        values = torch.cat([past[1], qkv[:, :, 2].transpose(1, 2)], 2)
         scores = q @ keys.transpose(-1, -2) / q.shape[-1] ** 0.5        # [N, heads, M, past + M]
         y = (scores.softmax(-1) @ values).transpose(1, 2).reshape(N, M, W)
         x = x + gate1 * self.out(y)
         y = F.layer_norm(x, (W,)) * (1 + scale2) + shift2
-        return x + gate2 * self.down(F.gelu(self.up(y))), torch.stack([k, v], 1)
+        return x + gate2 * self.down(F.gelu(self.up(y))), [keys, values]
 
 
 class Generator(nn.Module):
@@ -213,26 +215,32 @@ class Generator(nn.Module):
         colours, shapes, motions = map(len, WORDS)
         ids = attributes(prompts) + torch.tensor([0, colours, colours + shapes])
         words, N = self.word(ids.to(self.device)).sum(1), len(prompts)
-        empty = words.new_zeros(N, self.layers, 2, self.heads, 0, self.width // self.heads)
-        return Context(words, empty)
+        empty = words.new_zeros(N, self.heads, 0, self.width // self.heads)
+        return Context(words, [[empty, empty]] * self.layers)
 
     def predict(self, x_t: Tensor, t: float | Tensor, context: Context) -> Tensor:
-        return self(x_t, t, context)[0]
+        N, side = len(x_t), SIZE // PATCH
+        y, condition, _ = self.transform(x_t, t, context)
+        shift, scale = (condition[:, None] + self.table)[:, :, None].unbind(1)
+        y = self.head(F.layer_norm(y, (self.width,)) * (1 + scale) + shift).float()
+        y = y.view(N, side, side, -1, PATCH, PATCH).permute(0, 1, 4, 2, 5, 3)
+        y = y.reshape(N, SIZE, SIZE, -1).permute(0, 3, 1, 2)    # the frames, from patches
+        return (y + self.smooth(y)).reshape(x_t.shape)
 
     def extend(self, context: Context, x0: Tensor) -> Context:
-        new = self(x0, 0.0, context)[1]
-        return Context(context.words, torch.cat([context.kv, new], 4))
+        return Context(context.words, self.transform(x0, 0.0, context)[2])
 
     @staticmethod
     def decode(latents: Tensor) -> Tensor:
         """Pixels [N, L, *chunk_shape] in [-1, 1] -> [N, FRAMES, 3, SIZE, SIZE] in [0, 1]."""
         return (latents.flatten(1, 2).float() / 2 + 0.5).clamp(0, 1)
 
-    def forward(self, x: Tensor, t: float | Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """x [N, *chunk_shape] at times t, a float or [N] -> x̂₀ like x, and its keys and values
-        [N, layers, 2, heads, tokens, head width]."""
+    def transform(self, x: Tensor, t: float | Tensor,
+                  context: Context) -> tuple[Tensor, Tensor, list]:
+        """All blocks on x [N, *chunk_shape] at times t, a float or [N] -> tokens [N, M, W], their
+        condition (time and prompt) [N, W], and the kv of a Context that x is added to."""
         N, side = len(x), SIZE // PATCH
-        p = context.kv.shape[4] // self.tokens                          # which chunk x is
+        p = context.kv[0][0].shape[2] // self.tokens                    # which chunk x is
         if p >= len(self.position):
             raise ValueError(f"chunk {p + 1}: this model has positions for {len(self.position)}")
         t = t if isinstance(t, Tensor) else x.new_full((N,), t, dtype=torch.float32)
@@ -244,14 +252,10 @@ class Generator(nn.Module):
         y = self.patch(y.reshape(N, self.tokens, -1))                   # [N, M, W]
         y = y + self.position[p] + context.words[:, None]
         kv = []
-        for block, past in zip(self.blocks, context.kv.unbind(1)):
-            y, new = block(y, modulation, past)
-            kv.append(new)
-        shift, scale = (condition[:, None] + self.table)[:, :, None].unbind(1)
-        y = self.head(F.layer_norm(y, (self.width,)) * (1 + scale) + shift).float()
-        y = y.view(N, side, side, -1, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
-        y = y.reshape(N, -1, SIZE, SIZE)                    # the frames, from patches
-        return (y + self.smooth(y)).view(x.shape), torch.stack(kv, 1)
+        for block, past in zip(self.blocks, context.kv):
+            y, pair = block(y, modulation, past)
+            kv.append(pair)
+        return y, condition, kv
 
 
 # ------------------------------------------------------------------ sampler
@@ -422,7 +426,8 @@ def surrogate_log_policy(candidates: Tensor, anchor: Tensor, tau: float) -> Tens
     is τ D.
     """
     dtype = torch.promote_types(anchor.dtype, torch.float32)
-    d = (candidates.to(dtype) - anchor.to(dtype).unsqueeze(-2)).square().mean(-1)
+    pair = torch.broadcast_tensors(candidates.to(dtype), anchor.to(dtype).unsqueeze(-2))
+    d = F.mse_loss(*pair, reduction="none").mean(-1)
     return F.log_softmax(-d / tau, -1)
 
 
@@ -490,8 +495,7 @@ class Adapter:
         def add(A: Tensor, B: Tensor, layer: nn.Module, x: tuple, given: dict, y: Tensor) -> Tensor:
             x = x[0] if x else given["input"]
             with torch.autocast(y.device.type, enabled=False):          # in float32
-                low_rank = F.linear(F.linear(x.float(), A), B).to(y.dtype)
-                return torch.add(y, low_rank, alpha=scale)
+                return y + F.linear(F.linear(x.float(), A) * scale, B).to(y.dtype)
 
         with ExitStack() as undo:
             undo.callback(setattr, self, "applied", False)
@@ -621,10 +625,10 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
         x = replay(model, branches, step, anchor).flatten(2)            # [P, k, D]
         return surrogate_log_policy(branches.candidates[:, step].flatten(3), x, method.tau)
 
-    # Departure: π_old comes from a replay, because the rollout may round differently. It is not
-    # under no_grad, so that the adapter acts by hooks, as below, and the first ratio is exactly 1.
-    with nullcontext() if buffered else adapter.on(model):
-        log_olds = [log_policy(*part).detach() for part in slices]
+    # Departure: π_old comes from a replay, because the rollout may round differently. The adapter
+    # is on before no_grad, so that it acts by hooks, as below, and the first ratio is exactly 1.
+    with nullcontext() if buffered else adapter.on(model), torch.no_grad():
+        log_olds = [log_policy(*part) for part in slices]
     norms, ratios = [], []
     for _ in range(1 if buffered else method.updates):
         optimizer.zero_grad()

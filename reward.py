@@ -264,7 +264,7 @@ class ClipReward:
             raise UserError(f"--clip {name}: open_clip cannot load it ({reason}); expected "
                             "ARCH:TAG (ViT-B-32:laion2b_s34b_b79k), ARCH:FILE, or a folder with "
                             "open_clip_config.json and open_clip_model.safetensors") from error
-        self.model.requires_grad_(False)
+        self.model.requires_grad_(False).to(memory_format=torch.channels_last)      # faster
         self.device, self.whole = torch.device(device), whole
         self.texts, self.frames = {}, (lambda: None, None)      # what was encoded already
 

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributions import Normal
 from torch.utils.checkpoint import checkpoint
@@ -186,7 +187,8 @@ def test_a_reward_that_fails_is_constant_or_returns_something_else_is_named():
 
 def one_pass(model: Generator, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Without a cache: all chunks x [N, L, ...] at times t [N, L] in one pass with the block-causal
-    mask -> predictions [N, L, ...] and keys and values as in Context. Written anew."""
+    mask -> predictions [N, L, ...] and keys and values, each [N, layers, heads, tokens, width of a
+    head]. Written anew."""
     N, L, frames, C, S, W = *x.shape[:5], model.width
     side, K = S // arcopo.PATCH, model.tokens
     words = model.begin(PROMPTS).words
@@ -197,7 +199,7 @@ def one_pass(model: Generator, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     y = torch.einsum("nlfcapbq->nlabfcpq", y).reshape(N, L, K, -1)
     y = model.patch(y) + model.position[:L] + words[:, None, None]
     chunk = torch.arange(L).repeat_interleave(K)
-    mask, kv = chunk[:, None] >= chunk, []
+    mask, keys, values = chunk[:, None] >= chunk, [], []
     for block in model.blocks:
         a, b, c, d, e, f = (modulation + block.table).unbind(3)
         z = F.layer_norm(y, (W,)) * (1 + b) + a
@@ -207,12 +209,13 @@ def one_pass(model: Generator, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         y = y + c * block.out(z.transpose(1, 2).reshape(N, L, K, W))
         z = F.layer_norm(y, (W,)) * (1 + e) + d
         y = y + f * block.down(F.gelu(block.up(z)))
-        kv.append(torch.stack([k, v], 1))
+        keys.append(k)
+        values.append(v)
     a, b = (condition[:, :, None] + model.table).unbind(2)
     y = model.head(F.layer_norm(y, (W,)) * (1 + b[:, :, None]) + a[:, :, None])
     y = y.view(N, L, side, side, frames, C, arcopo.PATCH, arcopo.PATCH)
     y = torch.einsum("nlabfcpq->nlfcapbq", y).reshape(N * L, frames * C, S, S)
-    return (y + model.smooth(y)).view(x.shape), torch.stack(kv, 1)
+    return (y + model.smooth(y)).view(x.shape), torch.stack(keys, 1), torch.stack(values, 1)
 
 
 def test_cached_prediction_equals_one_pass_with_the_block_causal_mask():
@@ -225,10 +228,11 @@ def test_cached_prediction_equals_one_pass_with_the_block_causal_mask():
         times = torch.cat([torch.zeros(3, p), t[:, p : p + 1]], 1)
         found = model.predict(noisy[:, p], t[:, p], context)
         assert torch.allclose(found, one_pass(model, x, times)[0][:, p], atol=1e-5)
-        before, kv = context.kv, context.kv.clone()
+        before, kept = context, tree_map(torch.clone, context)
         context = model.extend(context, clean[:, p])
-        assert torch.equal(before, kv)                      # a value: extend changes a copy
-    assert torch.allclose(context.kv, one_pass(model, clean, torch.zeros(3, 4))[1], atol=1e-5)
+        assert all(tree_leaves(tree_map(torch.equal, before, kept)))    # extend changes a copy
+    for layers, whole in zip(zip(*context.kv), one_pass(model, clean, torch.zeros(3, 4))[1:]):
+        assert torch.allclose(torch.stack(layers, 1), whole, atol=1e-5)
     x[:, 2] = 0                                             # the past has an effect
     assert not torch.allclose(found, one_pass(model, x, times)[0][:, 3], atol=1e-3)
 
@@ -397,7 +401,7 @@ def near(a: list[Tensor], b: list[Tensor], tolerance: float = 1e-4) -> bool:
 
 
 def of_prompts(branches: Fork, rows: list[int]) -> Fork:
-    context = type(branches.context)(*(x[rows] for x in branches.context))
+    context = tree_map(lambda x: x[rows], branches.context)
     return Fork([branches.prompts[i] for i in rows], branches.prefix[rows], context,
                 branches.states[rows], branches.candidates[rows])
 
@@ -446,7 +450,8 @@ def test_the_buffer_is_of_the_reference_and_training_never_changes_what_is_drawn
         context = model.begin(branches.prompts)
         for x0 in branches.prefix.unbind(1):
             context = model.extend(context, x0)
-        assert torch.equal(context.kv, branches.context.kv) and 1 <= len(branches.states) <= 3
+        assert all(tree_leaves(tree_map(torch.equal, context, branches.context)))
+        assert 1 <= len(branches.states) <= 3
         for n, value in enumerate(scores["reward"]):
             row = [same(group["scores"]["reward"], value) for group in saved].index(True)
             seen.add(row)
@@ -1367,14 +1372,15 @@ def test_the_base_study_counts_errors_and_orders_by_auc(monkeypatch):
 
 
 def test_the_cost_study_counts_every_part(tmp_path, base, monkeypatch):
-    """What it counts is the number of rows that predict gets, three times with a gradient."""
+    """What it counts is the number of rows that pass the network, three times with a gradient."""
     monkeypatch.setattr(measure, "ROUNDS", 1)
     line = ["--what", "cost", "--base", base, *TINY[:8], "--updates", 1, "--out", tmp_path]
     assert measure.main(line) == 0
     assert len(read(tmp_path / "cost.csv")) == 2 * CHUNKS + 4
     model, predicted = arcopo.load_generator(base), []
-    model.register_forward_hook(lambda module, given, found: predicted.append(len(given[0])))
-    model.register_full_backward_pre_hook(              # a backward pass counts twice
+    once = model.modulation                             # called once in a pass
+    once.register_forward_hook(lambda module, given, found: predicted.append(len(given[0])))
+    once.register_full_backward_pre_hook(               # a backward pass counts twice
         lambda module, gradients: predicted.append(2 * len(gradients[0])))
     for name, (call, count) in measure.parts(model, tiny_settings()).items():
         predicted.clear()
