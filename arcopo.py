@@ -81,8 +81,7 @@ def option(default, text: str, paper: str = "", choices: tuple = ()):
 
 @dataclass
 class Method:
-    """Settings of the method, for explore, update, collect_buffer, iterate and iterate_buffered.
-    Raises ValueError if one is out of range."""
+    """Settings of the method. Raises ValueError if one is out of range."""
     group: int = option(12, "branches G of a fork", "12")
     sigma: float = option(0.5, "radius σ of the neighbours in noise (Eq. 1)", "0.5")
     anchors: int = option(4, "anchors B of the G candidates (symmetric sampling)", "4")
@@ -94,14 +93,13 @@ class Method:
                                "0.8 in Neighbor GRPO")
     floor: float = option(0.02, "lower bound of σ_r (Eq. 3), in the reward's unit")
     micro: int = option(0, "largest batch of the generator, in rows (in training, a smaller one "
-                        "than --prompts counts as that); 0: no limit, but 48 in judging")
+                        "than --prompts counts as that); 0: no limit, but 48 where clips are "
+                        "only sampled")
 
     def __post_init__(self):
         if self.group < 2:
             raise ValueError(f"group {self.group}: must be at least 2, to compare rewards")
-        if self.anchors > self.group:
-            raise ValueError(f"anchors {self.anchors}: must be at most the group, {self.group}")
-        largest = {"sigma": 1, "quasi_norm": 2, "clip_range": math.inf}
+        largest = {"anchors": self.group, "sigma": 1, "quasi_norm": 2, "clip_range": math.inf}
         for f in fields(self):
             value, top = getattr(self, f.name), largest.get(f.name, 1e18)
             if f.type in (int, float) and not (0 < value <= top or value == f.default == 0):
@@ -113,8 +111,8 @@ class Method:
 # ------------------------------------------------------------------ generator
 
 PATCH = 8
-TIMESTEPS = (1.0, 0.1, 0.05, 0.02)      # Departure: lower than the base was distilled at, so that
-                                        # the solver noise decides little, as in the paper's Fig. 6
+TIMESTEPS = (1.0, 0.1, 0.05, 0.02)      # Departure: lower than those of the base's distillation, so
+                                        # that solver noise decides little, as in the paper's Fig. 6
 
 
 class Context(NamedTuple):
@@ -181,7 +179,7 @@ class Generator(nn.Module):
     `timesteps`; then flow = True, and predict returns x_t - t u. Chunks of unequal length are
     padded to chunk_shape, and predict returns zeros for the padding (with flow = True its noise
     still enters the distances, but no gradient does). Optional: `fingerprint`, a hash of the
-    weights, so that an adapter of other weights is refused.
+    weights, by which an adapter trained on other weights is refused.
     """
 
     chunk_shape, chunks = (CHUNK_FRAMES, 3, SIZE, SIZE), CHUNKS
@@ -270,7 +268,7 @@ class Noise(NamedTuple):
 
 
 def draw_noise(model: Generator, rows: int, rng: torch.Generator) -> Noise:
-    """The noise of so many rows. Raises ValueError if a sampler time is not in (0, 1]."""
+    """Noise for N = rows. Raises ValueError if a sampler time is not in (0, 1]."""
     if not 0 < min(model.timesteps) <= max(model.timesteps) <= 1:
         raise ValueError(f"timesteps {model.timesteps}: must be in (0, 1], not 0 to 1000")
     solver_steps = 0 if model.flow else len(model.timesteps) - 1
@@ -340,10 +338,7 @@ class Fork(NamedTuple):
 def neighbor_noise(base: Tensor, sigma: float, group: int,
                    rng: torch.Generator | None = None) -> Tensor:
     """ε⁽ⁱ⁾ = √(1-σ²) ε* + σ δ⁽ⁱ⁾ with δ⁽ⁱ⁾ ~ N(0, I) (Eq. 1): the same expected squared norm.
-
-    base: any shape -> [group, *base.shape]. sigma in [0, 1]: 0 repeats the base, 1 draws
-    independent noise.
-    """
+    base: any shape -> [group, *base.shape]. sigma: in [0, 1]."""
     device = rng.device if rng else base.device
     delta = torch.randn(group, *base.shape, generator=rng, device=device).to(base)
     return math.sqrt(1 - sigma**2) * base + sigma * delta
@@ -408,7 +403,7 @@ def group_advantages(rewards: Tensor, power: float = 0.0, floor: float = 1e-6) -
     """
     dtype = torch.promote_types(rewards.dtype, torch.float32)
     rewards = rewards.to(dtype).where(rewards.isfinite(), math.nan)
-    rewards = rewards - rewards.nan_to_num(math.inf).amin(-1, keepdim=True)     # equal: exactly 0
+    rewards = rewards - rewards.nan_to_num(math.inf).amin(-1, keepdim=True)     # equal ones: 0
     centred = rewards - rewards.nanmean(-1, keepdim=True)
     deviation = centred.square().nanmean(-1, keepdim=True).sqrt()
     if power == 0:
@@ -483,7 +478,7 @@ class Adapter:
     def on(self, model: nn.Module):
         """Inside, the model is the adapted one. Hooks add the low-rank terms to the outputs; where
         no gradient is recorded (torch.no_grad), float32 layers get merged weights instead, which is
-        faster. Everything is restored on exit. Several adapters add up; one that is on already
+        faster. The model is restored on exit. Several adapters add up; one that is on already
         raises RuntimeError."""
         if self.applied:
             raise RuntimeError("the adapter is on already; update and iterate put it on themselves")
@@ -545,14 +540,14 @@ class Adapter:
             raise UserError(f"--adapter {folder}: not an adapter of this model ({error!r}){hint}"
                             ) from error
         for name, value in trained_on(model).items():
-            if record[name] != value:
+            if record.get(name) != value:
                 raise UserError(f"--adapter {folder}: was trained with another {name} "
-                                f"({record[name]}, not {value}); see --{name}")
+                                f"({record.get(name)}, not {value}); see --{name}")
         return adapter
 
 
 def trained_on(model: nn.Module) -> dict:
-    """What an adapter depends on."""
+    """What a loaded adapter must have been trained on."""
     return {"base": getattr(model, "fingerprint", ""), "timesteps": list(model.timesteps)}
 
 
@@ -598,7 +593,7 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
            buffered: bool = False) -> dict[str, Tensor]:
     """Algorithm 1, lines 7 to 9: steps of ascent on J, on the pivot chunk only.
 
-    On-policy, π_old is the adapter before the first of method.updates steps. buffered: the branches
+    On-policy, π_old is the policy before the first of method.updates steps. buffered: the branches
     are the reference policy's (Sec. 3.3), which is π_old: one step, and the clip is the trust
     region around the reference. rewards [P, G]; no adapter may be on. J is a mean over pairs, so
     its gradient is summed over slices of method.micro rows, and averaged over processes, each with
@@ -609,8 +604,7 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
     ratio_first      mean ρ at the first step; on-policy exactly 1
     clip_fraction    share of terms whose gradient the clip sets to zero, at the last step
     grad_norm        mean over steps
-    skipped          number of steps left out because their gradient was not finite (Departure);
-                     one prompt whose prefix is not finite is enough
+    skipped          share of steps left out because their gradient was not finite (Departure)
     """
     T, G = len(model.timesteps), rewards.shape[1]
     pairs = draw_pairs(T, G, method.anchors, rng).to(model.device)
@@ -639,13 +633,13 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
                 J = clipped_objective(log_ratio, A, method.clip_range)
                 (-J * len(step) / len(pairs)).backward()                                   # line 9
                 log_ratios.append(log_ratio.detach())
-        trained = [p for p in adapter.parameters() if p.grad is not None]
-        if len(trained) < len(adapter.parameters()):
-            layers = getattr(adapter, "weights", {})
-            names = [name for name, (A, B) in layers.items() if B.grad is None]
-            warnings.warn(f"no gradient reaches the adapter of layers {names}: are they used "
+        layers = getattr(adapter, "weights", {})
+        unused = [name for name, (A, B) in layers.items() if B.grad is None]
+        if unused:
+            warnings.warn(f"no gradient reaches the adapter of layers {unused}: are they used "
                           "without a call? Leave them out of its targets", stacklevel=2)
-        norms.append(nn.utils.get_total_norm([average_(p.grad) for p in trained]))
+        gradients = [average_(p.grad) for p in adapter.parameters() if p.grad is not None]
+        norms.append(nn.utils.get_total_norm(gradients))
         ratios.append(torch.cat(log_ratios, 1).exp())
         if torch.isfinite(norms[-1]):
             optimizer.step()
@@ -656,7 +650,7 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
     norms = torch.stack(norms)
     return {"replay_error": ((torch.cat(log_olds, 1) - log_rollout).abs() * usable).mean(),
             "ratio_first": ratios[0].mean(), "clip_fraction": clipped.float().mean(),
-            "grad_norm": norms.mean(), "skipped": (~norms.isfinite()).float().sum()}
+            "grad_norm": norms.mean(), "skipped": (~norms.isfinite()).float().mean()}
 
 
 # ------------------------------------------------------------------ exploration and buffer
@@ -666,11 +660,11 @@ def score_branches(branches: Fork, clips: Tensor, reward: Callable) -> dict[str,
     NaN, so that its advantage and its terms as an anchor are 0, and its tensors are made finite.
     Raises TypeError if the reward returns anything but {"reward": [N], ...}."""
     P, G = clips.shape[:2]
+    finite = branches.candidates.isfinite().transpose(1, 2).flatten(2).all(2)
+    finite &= clips.isfinite().flatten(2).all(2).to(finite.device)
     scores = reward(clips.flatten(0, 1), [p for p in branches.prompts for _ in range(G)])
     if not isinstance(scores, dict) or not isinstance(scores.get("reward"), Tensor):
         raise TypeError(f"the reward returned {type(scores).__name__}; expected {{'reward': [N]}}")
-    finite = branches.candidates.isfinite().transpose(1, 2).flatten(2).all(2)
-    finite &= clips.isfinite().flatten(2).all(2).to(finite.device)
     branches.states.nan_to_num_(0, 0, 0)
     branches.candidates.nan_to_num_(0, 0, 0)
     return {name: x.view(P, G).to(finite.device).where(finite, math.nan)
@@ -744,54 +738,48 @@ def draw_from(buffer: list[dict], model: Generator, P: int,
 # ------------------------------------------------------------------ one iteration
 
 def reward_metrics(scores: dict[str, Tensor], floor: float) -> dict[str, Tensor]:
-    """scores {"reward", ...: [P, G]} -> their means over finite values; not_finite: rewards left
-    out; deviation: of the reward in a group; flat_groups: share with a deviation below the floor"""
+    """scores {"reward", ...: [P, G]} -> their means over finite values; not_finite: share of the
+    rewards; deviation: of the reward in a group; flat_groups: share with less than the floor."""
     scores = {name: x.where(x.isfinite(), math.nan) for name, x in scores.items()}
     reward = scores["reward"]
+    reward = reward - reward.nan_to_num(math.inf).amin(1, keepdim=True)         # equal ones: 0
     deviation = (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
     flat = ~(deviation >= floor)                    # also NaN, in a group without rewards
     return {name: x.nanmean() for name, x in scores.items()} | {
-        "not_finite": reward.isnan().float().sum(), "deviation": deviation.nanmean(),
+        "not_finite": reward.isnan().float().mean(), "deviation": deviation.nanmean(),
         "flat_groups": flat.float().mean()}
 
 
-def metrics(rows: list[dict[str, Tensor]], drawn: list[Fork], began: float) -> dict:
-    """One row for the CSV: the average of the rows of an iteration's draws, but sums of skipped and
-    not_finite."""
-    table = torch.stack([torch.stack(list(row.values())) for row in rows])      # [draws, metrics]
-    row = dict(zip(rows[0], average_(table.mean(0)).tolist()))
-    row |= {name: row[name] * len(rows) for name in ("skipped", "not_finite")}
-    pivots = " ".join(str(branches.prefix.shape[1] + 1) for branches in drawn)
-    return {"pivot": pivots} | row | {"seconds": time.perf_counter() - began}
+def average_rows(rows: list[dict[str, Tensor]]) -> dict[str, float]:
+    """The mean of rows of metrics, also over processes."""
+    table = torch.stack([torch.stack(list(row.values())) for row in rows])      # [rows, metrics]
+    return dict(zip(rows[0], average_(table.mean(0)).tolist()))
 
 
 def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer, method: Method,
-            prompts: list[str], reward: Callable, rng: torch.Generator) -> dict:
+            prompts: list[str], reward: Callable, rng: torch.Generator) -> dict[str, float]:
     """One iteration of Algorithm 1: explore once, update method.updates times -> the metrics of
-    reward_metrics and update, averaged over processes, with this process's pivot (from 1) and
-    seconds."""
-    began = time.perf_counter()
+    reward_metrics and update, averaged over processes."""
     with torch.no_grad(), adapter.on(model):
         branches, scores = explore(model, method, prompts, reward, rng)             # lines 1 to 5
     row = reward_metrics(scores, method.floor)
     row |= update(model, adapter, optimizer, branches, scores["reward"], method, rng)   # 7 to 9
-    return metrics([row], [branches], began)
+    return average_rows([row])
 
 
 def iterate_buffered(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
-                     method: Method, buffer: list[dict], rng: torch.Generator) -> dict:
+                     method: Method, buffer: list[dict], rng: torch.Generator) -> dict[str, float]:
     """One iteration of semi-on-policy training (Sec. 3.3): method.updates times, draw groups from
     the buffer and update once -> metrics as those of iterate. method.tau is the buffer's
     (--buffer-tau of the script). With clip_range = inf it is the paper's off-policy baseline."""
-    began, rows, drawn = time.perf_counter(), [], []
+    rows = []
     for _ in range(method.updates):
         branches, scores = draw_from(buffer, model, method.prompts, rng)
         row = reward_metrics(scores, method.floor)
         row |= update(model, adapter, optimizer, branches, scores["reward"], method, rng,
                       buffered=True)
         rows.append(row)
-        drawn.append(branches)
-    return metrics(rows, drawn, began)
+    return average_rows(rows)
 
 
 # ------------------------------------------------------------------ merging and the choice of s
@@ -812,12 +800,9 @@ def merge_adapters(*terms: tuple[Adapter, float]) -> Adapter:
 
 def choose_strength(scores: dict[float, tuple[float, float]],
                     base: tuple[float, float]) -> float | None:
-    """Sec. 4.4: the largest s that improves both (reward, independent judge) over the base.
-
-    None if none does. Departures: then the script uses the semi-on-policy adapter alone (s = 0),
-    which the paper's rule does not cover; and both scores are of the clips of the final table.
-    Equal or NaN is no improvement.
-    """
+    """Sec. 4.4: the largest s that improves both (reward, independent judge) over the base; None if
+    none does. Departures: then the script takes the semi-on-policy adapter alone (s = 0); and both
+    scores are of the clips of the final table."""
     return max((s for s, (reward, score) in scores.items()
                 if reward > base[0] and score > base[1]), default=None)
 
@@ -830,15 +815,15 @@ class Settings(Method):
     steps: int = option(100, "iterations", "100")
     lr: float = option(1e-4, "learning rate of AdamW, on-policy", "1e-5")
     rank: int = option(16, "rank r of the LoRA adapter", "64")
-    alpha: float = option(32.0, "α of the LoRA adapter, scaled by α/r", "128")
+    alpha: float = option(32.0, "α of the LoRA adapter, which is scaled by α/r", "128")
     buffer_groups: int = option(100, "rollout groups in the buffer", "100")
     buffer_lr: float = option(2e-5, "learning rate of AdamW with the buffer", "1e-5")
     buffer_tau: float = option(20.0, "τ with the buffer; the trust region is as wide as ε τ",
                                "as --tau")      # Departure: the paper names one τ₀ for both
     buffer_reward: str = option("ta=1", "rewards of the buffer, as --reward", "TA")
     sweep: tuple = option((0.4, 0.6, 0.8, 1.0), "strengths s of the on-policy adapter", "0.4 to 1")
-    method: str = option("recipe", "what to train: both adapters, merged then, or one alone; semi "
-                         "with --clip-range inf is the paper's off-policy baseline",
+    method: str = option("recipe", "what to train: both adapters and their merge, or one alone; "
+                         "semi with --clip-range inf is the paper's off-policy baseline",
                          choices=("recipe", "on-policy", "semi"))
     sample: str = option("", "write clips of this prompt to --out (a .gif) instead of training")
     samples: int = option(1, "with --sample: how many clips, side by side")
@@ -918,31 +903,31 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
     adapter = Adapter.new(model, settings.rank, settings.alpha, seeded(seed, kind, "adapter"))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr, weight_decay=0)
     checkpoint = folder / f"{name}.checkpoint.pt"
-    rows, curve, next_step = [], [], 0
+    rows, curve = [], []
     judged = lambda step: step % settings.judge_every == 0 or step == settings.steps
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         for p, q in zip(adapter.parameters(), saved["parameters"]):
             p.data.copy_(q)
         optimizer.load_state_dict(saved["optimizer"])
-        rows, next_step = saved["rows"], len(saved["rows"]) + 1
+        rows = saved["rows"]
         curve = [row for row in saved["curve"] if judged(row["step"])]  # not the old last step
     write_csv(folder / f"{name}.csv", rows)
     write_csv(folder / f"{name}-curve.csv", curve)
     with progress(total=settings.steps, initial=len(rows), desc=name, unit="it") as bar:
-        for step in range(next_step, settings.steps + 1):           # step 0 only judges
-            if step > 0:
-                rng = seeded(seed, kind, step, *process)
-                rows.append({"step": step} | iteration(model, adapter, optimizer, rng=rng))
+        for step in range(len(rows), settings.steps + 1):
+            if step > len(rows):                    # not step 0, nor what the checkpoint has
+                began, rng = time.perf_counter(), seeded(seed, kind, step, *process)
+                row = iteration(model, adapter, optimizer, rng=rng)
+                rows.append({"step": step} | row | {"seconds": time.perf_counter() - began})
                 write_csv(folder / f"{name}.csv", rows[-1:], "a")
                 bar.update()
-            if judged(step):
-                models = [(name, adapter)]
-                scores = judge_models(models, model, reward, settings, 2, "curve")[1][name]
+            if judged(step) and step not in [row["step"] for row in curve]:
+                _, scores = judge_model(adapter, model, reward, settings, 2, "curve")
                 curve.append({"step": step} | {key: x.mean().item() for key, x in scores.items()})
                 write_csv(folder / f"{name}-curve.csv", curve[-1:], "a")
-                if RANK == 0:
-                    adapter.save(folder / name, model)
+            if RANK == 0:
+                adapter.save(folder / name, model)
             save_whole({"parameters": adapter.parameters(), "optimizer": optimizer.state_dict(),
                         "rows": rows, "curve": curve}, checkpoint)
             bar.set_postfix({what: f"{of[-1]['reward']:+.2f}" for what, of in
@@ -966,23 +951,18 @@ def sample_batches(model: Generator, prompts: list[str], rng: torch.Generator,
 
 
 @torch.no_grad()
-def judge_models(models: Iterable, model: Generator, reward: Callable, settings: Settings,
-                 samples: int, stream: str) -> tuple[dict, dict]:
-    """`samples` clips of each judging prompt, on the same noise for each of the models, and their
-    scores (reward.evaluate). models: pairs of a name and an adapter (None: the base) -> clips
-    and scores, by name."""
+def judge_model(adapter: Adapter | None, model: Generator, reward: Callable, settings: Settings,
+                samples: int, stream: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """`samples` clips of each judging prompt with the adapter (None: of the base), on noise that
+    depends on the seed and the stream alone, and their scores (reward.evaluate)."""
     prompts = [p for p in JUDGE_PROMPTS[settings.judge_prompts] for _ in range(samples)]
-    clips, scores = {}, {}
-    for name, adapter in models:
-        rng = seeded(settings.seed, stream)
-        with adapter.on(model) if adapter else nullcontext():
-            clips[name] = sample_batches(model, prompts, rng, settings.micro)
-        scores[name] = evaluate(clips[name], prompts, reward)
-    return clips, scores
+    with adapter.on(model) if adapter else nullcontext():
+        clips = sample_batches(model, prompts, seeded(settings.seed, stream), settings.micro)
+    return clips, evaluate(clips, prompts, reward)
 
 
 def save_gif(clips: Tensor, file: str | Path, columns: int, scale: int = 4) -> None:
-    """Clips [N, FRAMES, 3, H, W] in [0, 1], in rows of so many columns -> a looping GIF."""
+    """Clips [N, FRAMES, 3, H, W] in [0, 1], `columns` to a row -> a looping GIF."""
     grid = F.pad(clips.cpu(), (1, 1, 1, 1), value=0.5).unflatten(0, (-1, columns))
     grid = grid.permute(2, 0, 4, 1, 5, 3)               # [FRAMES, rows, H, columns, W, 3]
     frames = (grid.flatten(1, 2).flatten(2, 3) * 255).round().byte()
@@ -991,7 +971,7 @@ def save_gif(clips: Tensor, file: str | Path, columns: int, scale: int = 4) -> N
 
 
 def judged_rows(scores: dict[str, dict[str, Tensor]]) -> list[dict]:
-    """A row for each model from the scores of judge_models: means; changes from the base ± standard
+    """A row for each model from its scores (judge_model): means; changes from the base ± standard
     error over prompts; mended: share of the base's wrong clips that are all right with this model;
     spoiled: share of the base's right clips that are not."""
     rows, base = [], scores["base"]
@@ -1010,8 +990,8 @@ def judged_rows(scores: dict[str, dict[str, Tensor]]) -> list[dict]:
 
 def write_report(folder: Path, settings: Settings, clips: dict[str, Tensor], rows: list[dict],
                  seconds: float, chosen: str = "") -> None:
-    """Write judged.csv, models.gif and report.md, which is also printed. clips: of judge_models;
-    rows: of judged_rows; chosen: the model in merged/."""
+    """Write judged.csv, models.gif and report.md, which is also printed. clips: by
+    model; rows: of judged_rows; chosen: the model in merged/."""
     line = "| {:11} | {:15} | {:15} | {:>9} | {:>6} | {:>7} | {:>4} |\n"
     report = line.format("model", "Δ reward", "Δ judge", "all right", "mended", "spoiled", "area")
     report += line.format(*("-" * width for width in (11, 15, 15, 9, 6, 7, 4)))
@@ -1135,8 +1115,8 @@ def load(settings: Settings, scales: dict | None = None) -> tuple[Generator, Cal
     """The base, the reward and the buffer's reward.
 
     Departure: each reward is standardised on the base's clips before the weighted mean is taken,
-    and the default has no VQ, which makes shapes grow. The clips do not depend on the seed. scales:
-    those of the run, with --resume.
+    and the default leaves out VQ, because it makes shapes grow. The clips do not depend on the
+    seed. scales: those of the run, with --resume.
     """
     device = choose_device(settings.device)
     rewards = load_rewards([settings.reward, settings.buffer_reward], device, settings.clip)
@@ -1230,8 +1210,10 @@ def run(settings: Settings) -> None:
         for s in settings.sweep:
             models[f"s = {s:g}"] = merge_adapters((adapters["semi"], 1.0),
                                                   (adapters["on-policy"], s))
-    bar = progress(models.items(), desc="judging", unit="model")
-    clips, scores = judge_models(bar, model, reward, settings, settings.judge_samples, "judging")
+    clips, scores = {}, {}
+    for name, adapter in progress(models.items(), "judging", unit="model"):
+        clips[name], scores[name] = judge_model(adapter, model, reward, settings,
+                                                settings.judge_samples, "judging")
     rows = judged_rows(scores)
     chosen = ""
     if settings.method == "recipe":
@@ -1264,8 +1246,8 @@ def exit_code(error: BaseException, folder: str = "") -> int:
     message, code = str(error), 2
     if isinstance(error, KeyboardInterrupt):
         message, code = "interrupted", 130
-    elif re.search("out of memory|allocate|alloc_failed", message, re.IGNORECASE):
-        message = f"out of memory ({message}); set a small --micro, also when you resume"
+    elif re.search("out of memory|MemoryError|allocate|alloc_failed", repr(error), re.IGNORECASE):
+        message = f"out of memory ({error!r}); set a small --micro, also when you resume"
     elif not isinstance(error, (UserError, OSError)):
         raise error
     if folder and "--resume" not in message and (Path(folder) / "settings.json").exists():
@@ -1275,7 +1257,7 @@ def exit_code(error: BaseException, folder: str = "") -> int:
 
 
 def command(body: Callable, arguments: list | None = None, **parsing) -> int:
-    """body(settings) with the settings of parse, which takes `parsing` too -> exit code."""
+    """body(settings) with the settings of parse -> exit code. parsing: more arguments of parse."""
     folder = ""
     try:
         settings = parse(arguments, **parsing)

@@ -7,7 +7,7 @@ sweep, beside the merged models, and appends these rows to judged.csv.
 import sys
 from pathlib import Path
 
-from arcopo import (Adapter, Settings, command, judge_models, judged_rows, load, merge_adapters,
+from arcopo import (Adapter, Settings, command, judge_model, judged_rows, load, merge_adapters,
                     read_record, run, write_csv)
 from reward import UserError
 
@@ -19,9 +19,9 @@ def study(settings: Settings) -> None:
     folder = Path(settings.out)
     model, reward, _ = load(settings, read_record(folder)["reward_scales"])
     on = Adapter.load(folder / "on-policy", model)
-    models = [(f"on-policy x {s:g}", merge_adapters((on, s))) for s in settings.sweep if s != 1]
-    scores = judge_models([("base", None), *models], model, reward, settings,
-                          settings.judge_samples, "judging")[1]
+    models = {f"on-policy x {s:g}": merge_adapters((on, s)) for s in settings.sweep if s != 1}
+    scores = {name: judge_model(own, model, reward, settings, settings.judge_samples, "judging")[1]
+              for name, own in ({"base": None} | models).items()}
     write_csv(folder / "judged.csv", judged_rows(scores)[1:], "a")
 
 

@@ -16,10 +16,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from arcopo import (Adapter, Fork, Generator, Method, Noise, Settings, average_,
-                    clipped_objective, command, draw_noise, fork, group_advantages, judge_models,
-                    judged_rows, load_generator, metrics, neighbor_noise, option, replay,
-                    reward_metrics, score_branches, start, train, write_report)
+from arcopo import (Adapter, Fork, Generator, Method, Noise, Settings, average_, average_rows,
+                    clipped_objective, command, draw_noise, fork, group_advantages, judge_model,
+                    judged_rows, load_generator, neighbor_noise, option, replay, reward_metrics,
+                    score_branches, start, train, write_report)
 from reward import TRAIN_PROMPTS, UserError
 
 USED = set("""group updates prompts clip_range floor steps lr rank alpha out resume base timesteps
@@ -76,13 +76,12 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
     norms = torch.stack(norms)
     return {"replay_error": (old - rollouts).abs().mean(), "ratio_first": ratios[0].mean(),
             "clip_fraction": clipped.float().mean(), "grad_norm": norms.mean(),
-            "skipped": (~norms.isfinite()).float().sum()}
+            "skipped": (~norms.isfinite()).float().mean()}
 
 
 def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer, method: Method,
-            prompts: list[str], reward: Callable, rng: torch.Generator) -> dict:
+            prompts: list[str], reward: Callable, rng: torch.Generator) -> dict[str, float]:
     """As arcopo.explore and arcopo.iterate, but for the branches' noise and the update."""
-    began = time.perf_counter()
     chosen = [prompts[i] for i in torch.randperm(len(prompts), generator=rng)[:method.prompts]]
     pivot = int(torch.randint(model.chunks, (), generator=rng))
     noise = draw_noise(model, len(chosen), rng)
@@ -92,7 +91,7 @@ def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer
         scores = score_branches(branches, clips, reward)
     row = reward_metrics(scores, method.floor)
     row |= update(model, adapter, optimizer, branches, scores["reward"], method)
-    return metrics([row], [branches], began)
+    return average_rows([row])
 
 
 def run(settings: SdeSettings) -> None:
@@ -105,8 +104,10 @@ def run(settings: SdeSettings) -> None:
     folder, model, reward, _ = start(settings)
     iteration = partial(iterate, method=settings, prompts=TRAIN_PROMPTS, reward=reward)
     adapter = train("sde-grpo", model, settings, settings.lr, iteration, reward, folder)
-    models = [("base", None), ("sde-grpo", adapter)]
-    clips, scores = judge_models(models, model, reward, settings, settings.judge_samples, "judging")
+    clips, scores = {}, {}
+    for name, of in {"base": None, "sde-grpo": adapter}.items():
+        clips[name], scores[name] = judge_model(of, model, reward, settings,
+                                                settings.judge_samples, "judging")
     write_report(folder, settings, clips, judged_rows(scores), time.perf_counter() - began)
 
 
