@@ -40,7 +40,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 import time
 import warnings
@@ -990,8 +989,8 @@ def judged_rows(scores: dict[str, dict[str, Tensor]]) -> list[dict]:
 
 def write_report(folder: Path, settings: Settings, clips: dict[str, Tensor], rows: list[dict],
                  seconds: float, chosen: str = "") -> None:
-    """Write judged.csv, models.gif and report.md, which is also printed. clips: by
-    model; rows: of judged_rows; chosen: the model in merged/."""
+    """Write judged.csv, models.gif and report.md, which is also printed. clips: by model; rows: of
+    judged_rows; chosen: the model in merged/."""
     line = "| {:11} | {:15} | {:15} | {:>9} | {:>6} | {:>7} | {:>4} |\n"
     report = line.format("model", "Δ reward", "Δ judge", "all right", "mended", "spoiled", "area")
     report += line.format(*("-" * width for width in (11, 15, 15, 9, 6, 7, 4)))
@@ -1165,8 +1164,7 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
     elif folder.exists():
         raise UserError(f"--out {folder}: exists; --resume it or name another folder")
     else:
-        commit = subprocess.getoutput(f'git -C "{ASSETS.parent}" rev-parse HEAD')
-        record = {"program": type(settings).__name__, "processes": processes, "commit": commit,
+        record = {"program": type(settings).__name__, "processes": processes,
                   "torch": torch.__version__, "command": sys.argv, "reward_scales": None}
     model, reward, buffer_reward = load(settings, record["reward_scales"])
     record |= {"settings": asked, "reward_scales": reward.scales}
