@@ -613,22 +613,23 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
     usable = rewards.isfinite()[:, pairs[:, 1], None]           # [P, K, 1]: anchors with a reward
     advantages = advantages[:, None] * usable                   # [P, K, G]
 
-    def log_policy(step: Tensor, anchor: Tensor) -> Tensor:
-        """Line 8: log π_θ(i | s_t) [P, k, G] for k of the pairs."""
-        x = replay(model, branches, step, anchor).flatten(2)            # [P, k, D]
-        return surrogate_log_policy(branches.candidates[:, step].flatten(3), x, method.tau)
+    def log_policy(step: Tensor, x: Tensor) -> Tensor:
+        """Line 8: log π_θ(i | s_t) [P, k, G] from predictions x [P, k, *chunk_shape] at k steps."""
+        candidates = branches.candidates[:, step].flatten(3)            # [P, k, G, D]
+        return surrogate_log_policy(candidates, x.flatten(2), method.tau)
 
     # Departure: π_old comes from a replay, because the rollout may round differently. The adapter
     # is on before no_grad, so that it acts by hooks, as below, and the first ratio is exactly 1.
     with nullcontext() if buffered else adapter.on(model), torch.no_grad():
-        log_olds = [log_policy(*part) for part in slices]
+        log_olds = [log_policy(step, replay(model, branches, step, anchor))
+                    for step, anchor in slices]
     norms, ratios = [], []
     for _ in range(1 if buffered else method.updates):
         optimizer.zero_grad()
         log_ratios = []
         with adapter.on(model):     # backward too: activation checkpointing runs the model again
             for (step, anchor), log_old, A in zip(slices, log_olds, advantages.split(size, 1)):
-                log_ratio = log_policy(step, anchor) - log_old
+                log_ratio = log_policy(step, replay(model, branches, step, anchor)) - log_old
                 J = clipped_objective(log_ratio, A, method.clip_range)
                 (-J * len(step) / len(pairs)).backward()                                   # line 9
                 log_ratios.append(log_ratio.detach())
@@ -642,12 +643,12 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
         ratios.append(torch.cat(log_ratios, 1).exp())
         if torch.isfinite(norms[-1]):
             optimizer.step()
-    recorded = branches.candidates[:, pairs[:, 0], pairs[:, 1]].flatten(2)
-    log_rollout = surrogate_log_policy(branches.candidates[:, pairs[:, 0]].flatten(3), recorded,
-                                       method.tau)
+    log_rollouts = [log_policy(step, branches.candidates[:, step, anchor])
+                    for step, anchor in slices]
     clipped = (ratios[-1] - 1) * advantages.sign() > method.clip_range
     norms = torch.stack(norms)
-    return {"replay_error": ((torch.cat(log_olds, 1) - log_rollout).abs() * usable).mean(),
+    errors = torch.cat(log_olds, 1) - torch.cat(log_rollouts, 1)
+    return {"replay_error": (errors.abs() * usable).mean(),
             "ratio_first": ratios[0].mean(), "clip_fraction": clipped.float().mean(),
             "grad_norm": norms.mean(), "skipped": (~norms.isfinite()).float().mean()}
 
@@ -900,7 +901,7 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
     seed = settings.seed
     process = (RANK,) if RANK else ()                       # each process draws its own groups
     adapter = Adapter.new(model, settings.rank, settings.alpha, seeded(seed, kind, "adapter"))
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr, weight_decay=0)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr, weight_decay=0, fused=True)
     checkpoint = folder / f"{name}.checkpoint.pt"
     rows, curve = [], []
     judged = lambda step: step % settings.judge_every == 0 or step == settings.steps
@@ -925,7 +926,7 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
                 _, scores = judge_model(adapter, model, reward, settings, 2, "curve")
                 curve.append({"step": step} | {key: x.mean().item() for key, x in scores.items()})
                 write_csv(folder / f"{name}-curve.csv", curve[-1:], "a")
-            if RANK == 0:
+            if judged(step) and RANK == 0:
                 adapter.save(folder / name, model)
             save_whole({"parameters": adapter.parameters(), "optimizer": optimizer.state_dict(),
                         "rows": rows, "curve": curve}, checkpoint)
