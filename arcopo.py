@@ -92,7 +92,7 @@ class Method:
                                "0.8 in Neighbor GRPO")
     floor: float = option(0.02, "lower bound of σ_r (Eq. 3), in the reward's unit")
     micro: int = option(0, "largest batch of the generator, in rows (in training, a smaller one "
-                        "than --prompts counts as that); 0: no limit, but 48 where clips are "
+                        "than --prompts counts as that); 0: no limit, but 96 where clips are "
                         "only sampled")
 
     def __post_init__(self):
@@ -504,7 +504,7 @@ class Adapter:
                 else:
                     undo.callback(parameters.update, weight=weight)
                     with torch.autocast(weight.device.type, enabled=False):
-                        merged = weight + scale * B @ A
+                        merged = torch.addmm(weight, B, A, alpha=scale)
                     parameters["weight"] = nn.Parameter(merged, requires_grad=False)
             yield model
 
@@ -660,7 +660,7 @@ def score_branches(branches: Fork, clips: Tensor, reward: Callable) -> dict[str,
     NaN, so that its advantage and its terms as an anchor are 0, and its tensors are made finite.
     Raises TypeError if the reward returns anything but {"reward": [N], ...}."""
     P, G = clips.shape[:2]
-    finite = branches.candidates.isfinite().transpose(1, 2).flatten(2).all(2)
+    finite = branches.candidates.isfinite().flatten(3).all(3).all(1)
     finite &= clips.isfinite().flatten(2).all(2).to(finite.device)
     scores = reward(clips.flatten(0, 1), [p for p in branches.prompts for _ in range(G)])
     if not isinstance(scores, dict) or not isinstance(scores.get("reward"), Tensor):
@@ -945,8 +945,8 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
 
 def sample_batches(model: Generator, prompts: list[str], rng: torch.Generator,
                    size: int) -> Tensor:
-    """sample in batches of `size` prompts (0: 48). Same rng, same noise, whatever the weights."""
-    parts = [prompts[i : i + (size or 48)] for i in range(0, len(prompts), size or 48)]
+    """sample in batches of `size` prompts (0: 96). Same rng, same noise, whatever the weights."""
+    parts = [prompts[i : i + (size or 96)] for i in range(0, len(prompts), size or 96)]
     return torch.cat([sample(model, part, draw_noise(model, len(part), rng)) for part in parts])
 
 
