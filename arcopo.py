@@ -145,10 +145,10 @@ class Block(nn.Module):
         table = (modulation + self.table)[:, :, None]
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(1)  # [N, 1, W]
         y = F.layer_norm(x, (W,)) * (1 + scale1) + shift1
-        qkv = self.qkv(y).view(N, M, 3, self.heads, -1)
-        q, k = F.rms_norm(qkv[:, :, :2], qkv.shape[-1:]).permute(2, 0, 3, 1, 4)
+        qk, v = self.qkv(y).view(N, M, 3, self.heads, -1).split([2, 1], 2)
+        q, k = F.rms_norm(qk, qk.shape[-1:]).permute(2, 0, 3, 1, 4)     # [N, heads, M, W/heads]
         keys = torch.cat([past[0], k], 2)                               # [N, heads, past + M, ...]
-        values = torch.cat([past[1], qkv[:, :, 2].transpose(1, 2)], 2)
+        values = torch.cat([past[1], v.squeeze(2).transpose(1, 2)], 2)
         scores = q @ keys.transpose(-1, -2) / q.shape[-1] ** 0.5        # [N, heads, M, past + M]
         y = (scores.softmax(-1) @ values).transpose(1, 2).reshape(N, M, W)
         x = x + gate1 * self.out(y)
@@ -421,7 +421,7 @@ def surrogate_log_policy(candidates: Tensor, anchor: Tensor, tau: float) -> Tens
     """
     dtype = torch.promote_types(anchor.dtype, torch.float32)
     pair = torch.broadcast_tensors(candidates.to(dtype), anchor.to(dtype).unsqueeze(-2))
-    d = F.mse_loss(*pair, reduction="none").mean(-1)
+    d = F.mse_loss(*pair, reduction="none").sum(-1) / anchor.shape[-1]
     return F.log_softmax(-d / tau, -1)
 
 
