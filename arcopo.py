@@ -139,17 +139,17 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, modulation: Tensor, past: list) -> tuple[Tensor, list]:
-        """x [N, M, W], modulation [N, 6, W], past: keys and values [N, heads, past, W/heads] of the
-        chunks before -> x, and the keys and values [N, heads, past + M, W/heads]."""
+        """x [N, M, W], modulation [N, 6, W], past: keys and values [N, heads, S, W/heads] of the S
+        tokens before -> x, and keys and values [N, heads, S + M, W/heads]."""
         N, M, W = x.shape                                               # rows, tokens, width
         table = (modulation + self.table)[:, :, None]
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(1)  # [N, 1, W]
         y = F.layer_norm(x, (W,)) * (1 + scale1) + shift1
         qk, v = self.qkv(y).view(N, M, 3, self.heads, -1).split([2, 1], 2)
         q, k = F.rms_norm(qk, qk.shape[-1:]).permute(2, 0, 3, 1, 4)     # [N, heads, M, W/heads]
-        keys = torch.cat([past[0], k], 2)                               # [N, heads, past + M, ...]
+        keys = torch.cat([past[0], k], 2)                               # [N, heads, S + M, ...]
         values = torch.cat([past[1], v.squeeze(2).transpose(1, 2)], 2)
-        scores = q @ keys.transpose(-1, -2) / q.shape[-1] ** 0.5        # [N, heads, M, past + M]
+        scores = q @ keys.transpose(-1, -2) / q.shape[-1] ** 0.5        # [N, heads, M, S + M]
         y = (scores.softmax(-1) @ values).transpose(1, 2).reshape(N, M, W)
         x = x + gate1 * self.out(y)
         y = F.layer_norm(x, (W,)) * (1 + scale2) + shift2
@@ -235,7 +235,7 @@ class Generator(nn.Module):
     def transform(self, x: Tensor, t: float | Tensor,
                   context: Context) -> tuple[Tensor, Tensor, list]:
         """All blocks on x [N, *chunk_shape] at times t, a float or [N] -> tokens [N, M, W], their
-        condition (time and prompt) [N, W], and the kv of a Context that x is added to."""
+        condition (time and prompt) [N, W], and the kv of the context with x added."""
         N, side = len(x), SIZE // PATCH
         p = context.kv[0][0].shape[2] // self.tokens                    # which chunk x is
         if p >= len(self.position):
@@ -603,7 +603,8 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
     ratio_first      mean ρ at the first step; on-policy exactly 1
     clip_fraction    share of terms whose gradient the clip sets to zero, at the last step
     grad_norm        mean over steps
-    skipped          share of steps left out because their gradient was not finite (Departure)
+    skipped          share of steps left out because their gradient was not finite (Departure);
+                     one prompt whose prefix is not finite is enough
     """
     T, G = len(model.timesteps), rewards.shape[1]
     pairs = draw_pairs(T, G, method.anchors, rng).to(model.device)
@@ -618,10 +619,10 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
         candidates = branches.candidates[:, step].flatten(3)            # [P, k, G, D]
         return surrogate_log_policy(candidates, x.flatten(2), method.tau)
 
-    # Departure: π_old comes from a replay, because the rollout may round differently. The adapter
-    # is on before no_grad, so that it acts by hooks, as below, and the first ratio is exactly 1.
-    with nullcontext() if buffered else adapter.on(model), torch.no_grad():
-        log_olds = [log_policy(step, replay(model, branches, step, anchor))
+    # Departure: π_old comes from a replay, because the rollout may round differently. It is not
+    # under no_grad, so that the model computes as below, and the first ratio is exactly 1.
+    with nullcontext() if buffered else adapter.on(model):
+        log_olds = [log_policy(step, replay(model, branches, step, anchor)).detach()
                     for step, anchor in slices]
     norms, ratios = [], []
     for _ in range(1 if buffered else method.updates):
@@ -635,7 +636,7 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
                 log_ratios.append(log_ratio.detach())
         layers = getattr(adapter, "weights", {})
         unused = [name for name, (A, B) in layers.items() if B.grad is None]
-        if unused:
+        if any(p.grad is None for p in adapter.parameters()):
             warnings.warn(f"no gradient reaches the adapter of layers {unused}: are they used "
                           "without a call? Leave them out of its targets", stacklevel=2)
         gradients = [average_(p.grad) for p in adapter.parameters() if p.grad is not None]
@@ -739,7 +740,8 @@ def draw_from(buffer: list[dict], model: Generator, P: int,
 
 def reward_metrics(scores: dict[str, Tensor], floor: float) -> dict[str, Tensor]:
     """scores {"reward", ...: [P, G]} -> their means over finite values; not_finite: share of the
-    rewards; deviation: of the reward in a group; flat_groups: share with less than the floor."""
+    rewards that are not; deviation: of the reward in a group; flat_groups: share of groups with a
+    deviation below the floor."""
     scores = {name: x.where(x.isfinite(), math.nan) for name, x in scores.items()}
     reward = scores["reward"]
     reward = reward - reward.nan_to_num(math.inf).amin(1, keepdim=True)         # equal ones: 0
@@ -894,9 +896,10 @@ def write_csv(file: Path, rows: list[dict], mode: str = "w") -> None:
 def train(name: str, model: Generator, settings: Settings, lr: float, iteration: Callable,
           reward: Callable, folder: Path) -> Adapter:
     """Train an adapter, or continue from the checkpoint that every iteration ends with. A run that
-    is killed at any time and resumed ends as one that was not. Writes NAME/, NAME.csv and, from two
-    clips of each judging prompt, NAME-curve.csv. iteration(model, adapter, optimizer, rng=rng) -> a
-    row of NAME.csv. Raises UserError if the rewards differed in no group."""
+    is killed at any time and resumed ends as one that was not. Writes NAME.csv and, at step 0, each
+    settings.judge_every steps and the last, NAME/ and, from two clips of each judging prompt, a row
+    of NAME-curve.csv. iteration(model, adapter, optimizer, rng=rng) -> a row of NAME.csv, but for
+    step and seconds. Raises UserError if the rewards differed in no group."""
     kind = "buffered" if name == "semi" else "explored"     # stream of random numbers
     seed = settings.seed
     process = (RANK,) if RANK else ()                       # each process draws its own groups
@@ -953,8 +956,8 @@ def sample_batches(model: Generator, prompts: list[str], rng: torch.Generator,
 @torch.no_grad()
 def judge_model(adapter: Adapter | None, model: Generator, reward: Callable, settings: Settings,
                 samples: int, stream: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """`samples` clips of each judging prompt with the adapter (None: of the base), on noise that
-    depends on the seed and the stream alone, and their scores (reward.evaluate)."""
+    """`samples` clips of each judging prompt with the adapter (None: of the base), on the same
+    noise for every adapter, that of the seed and the stream, and their scores (reward.evaluate)."""
     prompts = [p for p in JUDGE_PROMPTS[settings.judge_prompts] for _ in range(samples)]
     with adapter.on(model) if adapter else nullcontext():
         clips = sample_batches(model, prompts, seeded(settings.seed, stream), settings.micro)
@@ -1246,7 +1249,7 @@ def exit_code(error: BaseException, folder: str = "") -> int:
     if isinstance(error, KeyboardInterrupt):
         message, code = "interrupted", 130
     elif re.search("out of memory|MemoryError|allocate|alloc_failed", repr(error), re.IGNORECASE):
-        message = f"out of memory ({error!r}); set a small --micro, also when you resume"
+        message = f"out of memory ({message}); set a small --micro, also when you resume"
     elif not isinstance(error, (UserError, OSError)):
         raise error
     if folder and "--resume" not in message and (Path(folder) / "settings.json").exists():

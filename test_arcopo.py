@@ -1190,7 +1190,7 @@ def test_rewards_that_never_vary_are_told(value, tmp_path, small, monkeypatch, c
     assert read(tmp_path / "run" / "on-policy.csv")[0]["flat_groups"] == "1.0"
 
 
-def test_rewards_that_are_not_finite_are_counted(tmp_path, small, monkeypatch, capsys):
+def test_rewards_that_are_not_finite_are_reported(tmp_path, small, monkeypatch, capsys):
     plain = WeightedReward.__call__
     monkeypatch.setattr(WeightedReward, "__call__", lambda *a: {
         name: x.index_fill(0, torch.tensor(0, device=x.device), math.nan)
