@@ -402,7 +402,7 @@ def group_advantages(rewards: Tensor, power: float = 0.0, floor: float = 1e-6) -
     """
     dtype = torch.promote_types(rewards.dtype, torch.float32)
     rewards = rewards.to(dtype).where(rewards.isfinite(), math.nan)
-    rewards = rewards - rewards.nan_to_num(math.inf).amin(-1, keepdim=True)     # equal ones: 0
+    rewards = rewards - rewards.nan_to_num(math.inf).amin(-1, keepdim=True)     # 0 if all equal
     centred = rewards - rewards.nanmean(-1, keepdim=True)
     deviation = centred.square().nanmean(-1, keepdim=True).sqrt()
     if power == 0:
@@ -634,9 +634,9 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
                 J = clipped_objective(log_ratio, A, method.clip_range)
                 (-J * len(step) / len(pairs)).backward()                                   # line 9
                 log_ratios.append(log_ratio.detach())
-        layers = getattr(adapter, "weights", {})
-        unused = [name for name, (A, B) in layers.items() if B.grad is None]
         if any(p.grad is None for p in adapter.parameters()):
+            layers = getattr(adapter, "weights", {})
+            unused = [name for name, (A, B) in layers.items() if B.grad is None]
             warnings.warn(f"no gradient reaches the adapter of layers {unused}: are they used "
                           "without a call? Leave them out of its targets", stacklevel=2)
         gradients = [average_(p.grad) for p in adapter.parameters() if p.grad is not None]
@@ -744,7 +744,7 @@ def reward_metrics(scores: dict[str, Tensor], floor: float) -> dict[str, Tensor]
     deviation below the floor."""
     scores = {name: x.where(x.isfinite(), math.nan) for name, x in scores.items()}
     reward = scores["reward"]
-    reward = reward - reward.nan_to_num(math.inf).amin(1, keepdim=True)         # equal ones: 0
+    reward = reward - reward.nan_to_num(math.inf).amin(1, keepdim=True)         # 0 if all equal
     deviation = (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
     flat = ~(deviation >= floor)                    # also NaN, in a group without rewards
     return {name: x.nanmean() for name, x in scores.items()} | {
@@ -896,10 +896,11 @@ def write_csv(file: Path, rows: list[dict], mode: str = "w") -> None:
 def train(name: str, model: Generator, settings: Settings, lr: float, iteration: Callable,
           reward: Callable, folder: Path) -> Adapter:
     """Train an adapter, or continue from the checkpoint that every iteration ends with. A run that
-    is killed at any time and resumed ends as one that was not. Writes NAME.csv and, at step 0, each
-    settings.judge_every steps and the last, NAME/ and, from two clips of each judging prompt, a row
-    of NAME-curve.csv. iteration(model, adapter, optimizer, rng=rng) -> a row of NAME.csv, but for
-    step and seconds. Raises UserError if the rewards differed in no group."""
+    is killed at any time and resumed ends as one that was not. Writes NAME.csv. At step 0, every
+    settings.judge_every steps and at the end it also writes the adapter to NAME/ and, from two
+    clips of each judging prompt, a row of NAME-curve.csv. iteration(model, adapter, optimizer,
+    rng=rng) -> a row of NAME.csv without step and seconds. Raises UserError if the rewards differed
+    in no group."""
     kind = "buffered" if name == "semi" else "explored"     # stream of random numbers
     seed = settings.seed
     process = (RANK,) if RANK else ()                       # each process draws its own groups

@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributions import Normal
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 import arcopo
