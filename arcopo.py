@@ -30,7 +30,8 @@ the buffer      Sec. 3.3          collect_buffer, draw_from
 Δ, s            Sec. 3.3, 4.4     Adapter, merge_adapters, choose_strength
 
 Shapes: P prompts, T steps, L chunks, G branches, B anchors, K pairs of a step and an anchor, N rows
-of a batch, D elements of a chunk x_t [N, *chunk_shape], here [N, frames, 3, height, width].
+of a batch, D elements of a chunk x_t [N, *chunk_shape], here [N, frames, 3, height, width]. rng is
+a torch.Generator on the CPU.
 """
 
 import argparse
@@ -91,9 +92,8 @@ class Method:
     quasi_norm: float = option(0.0, "p of the quasi-norm of the advantages; 0: standard deviation",
                                "0.8 in Neighbor GRPO")
     floor: float = option(0.02, "lower bound of σ_r (Eq. 3), in the reward's unit")
-    micro: int = option(0, "largest batch of the generator, in rows (in training, a smaller one "
-                        "than --prompts counts as that); 0: no limit, but 96 where clips are "
-                        "only sampled")
+    micro: int = option(0, "largest batch of the generator, in rows (training takes at least "
+                        "--prompts rows); 0: no limit in training, 96 where clips are only sampled")
 
     def __post_init__(self):
         if self.group < 2:
@@ -355,7 +355,8 @@ def branch_noise(noise: Noise, pivot: int, sigma: float, group: int,
 @torch.no_grad()
 def fork(model: Generator, prompts: list[str], pivot: int, noise: Noise, initial: Tensor,
          solver: Tensor, micro: int = 0) -> tuple[Fork, Tensor]:
-    """Algorithm 1, lines 2, 3 and 5 -> the Fork, and the clips [P, G, ...] of model.decode.
+    """Algorithm 1, lines 2, 3 and 5 without the reward -> the Fork, and the clips [P, G, ...] that
+    model.decode gives.
 
     initial and solver are the branches' noise of the pivot chunk (branch_noise), the only place
     where branches can differ: the noise of all other chunks is shared (`noise`, P rows). This is
@@ -371,7 +372,7 @@ def fork(model: Generator, prompts: list[str], pivot: int, noise: Noise, initial
         first = initial[:, i : i + size]                                    # [P, n, *chunk_shape]
         n = first.shape[1]                                                  # branches
         branch = context.repeat(n)                                          # line 3, P n rows
-        visited, reached = denoise(model, branch, first.flatten(0, 1),
+        visited, reached = denoise(model, branch, first.flatten(0, 1),              # line 5
                                    solver[:, i : i + n].flatten(0, 1))
         for step in range(len(model.timesteps)):
             states[:, step, i : i + n] = visited[step].view_as(first)
@@ -379,7 +380,7 @@ def fork(model: Generator, prompts: list[str], pivot: int, noise: Noise, initial
         latents = first.new_empty(P * n, model.chunks, *model.chunk_shape)
         latents[:, :pivot] = prefix.repeat_interleave(n, 0)
         latents[:, pivot] = reached[-1]
-        if pivot + 1 < model.chunks:                                                # line 5
+        if pivot + 1 < model.chunks:
             branch = model.extend(branch, reached[-1])
             latents[:, pivot + 1 :] = rollout(model, branch, noise.repeat(n), pivot + 1,
                                               model.chunks)[0]
@@ -475,10 +476,10 @@ class Adapter:
 
     @contextmanager
     def on(self, model: nn.Module):
-        """Inside, the model is the adapted one. Hooks add the low-rank terms to the outputs; where
-        no gradient is recorded (torch.no_grad), float32 layers get merged weights instead, which is
-        faster. The model is restored on exit. Several adapters add up; one that is on already
-        raises RuntimeError."""
+        """Inside, the model is the adapted one. Hooks add the low-rank terms to the outputs; if it
+        is entered under torch.no_grad, float32 layers get merged weights instead, which is faster.
+        The model is restored on exit. Several adapters add up; one that is on already raises
+        RuntimeError."""
         if self.applied:
             raise RuntimeError("the adapter is on already; update and iterate put it on themselves")
         scale, dynamo = self.alpha / self.rank, sys.modules.get("torch._dynamo")
@@ -609,13 +610,13 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
     T, G = len(model.timesteps), rewards.shape[1]
     pairs = draw_pairs(T, G, method.anchors, rng).to(model.device)
     size = max(1, method.micro // len(rewards)) if method.micro else len(pairs)
-    slices = [(part[:, 0], part[:, 1]) for part in pairs.split(size)]
+    slices = [part.unbind(1) for part in pairs.split(size)]     # the steps [k], the anchors [k]
     advantages = group_advantages(rewards, method.quasi_norm, method.floor)     # line 7, [P, G]
     usable = rewards.isfinite()[:, pairs[:, 1], None]           # [P, K, 1]: anchors with a reward
     advantages = advantages[:, None] * usable                   # [P, K, G]
 
     def log_policy(step: Tensor, x: Tensor) -> Tensor:
-        """Line 8: log π_θ(i | s_t) [P, k, G] from predictions x [P, k, *chunk_shape] at k steps."""
+        """Line 8: log π_θ(i | s_t) [P, k, G] from predictions x [P, k, *chunk_shape] of k pairs."""
         candidates = branches.candidates[:, step].flatten(3)            # [P, k, G, D]
         return surrogate_log_policy(candidates, x.flatten(2), method.tau)
 
@@ -690,7 +691,7 @@ def explore(model: Generator, method: Method, prompts: list[str], reward: Callab
     initial, solver = branch_noise(noise, pivot, method.sigma, method.group, rng)   # line 4
     branches, clips = fork(model, chosen, pivot, noise, initial, solver,            # lines 2, 3, 5
                            method.micro)
-    return branches, score_branches(branches, clips, reward)
+    return branches, score_branches(branches, clips, reward)                        # line 5
 
 
 def collect_buffer(model: Generator, method: Method, prompts: list[str], reward: Callable,
@@ -740,8 +741,8 @@ def draw_from(buffer: list[dict], model: Generator, P: int,
 
 def reward_metrics(scores: dict[str, Tensor], floor: float) -> dict[str, Tensor]:
     """scores {"reward", ...: [P, G]} -> their means over finite values; not_finite: share of the
-    rewards that are not; deviation: of the reward in a group; flat_groups: share of groups with a
-    deviation below the floor."""
+    rewards that are not; deviation: the reward's standard deviation in a group, its mean over
+    groups; flat_groups: share of groups with a deviation below the floor."""
     scores = {name: x.where(x.isfinite(), math.nan) for name, x in scores.items()}
     reward = scores["reward"]
     reward = reward - reward.nan_to_num(math.inf).amin(1, keepdim=True)         # 0 if all equal
@@ -760,9 +761,9 @@ def average_rows(rows: list[dict[str, Tensor]]) -> dict[str, float]:
 
 def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer, method: Method,
             prompts: list[str], reward: Callable, rng: torch.Generator) -> dict[str, float]:
-    """One iteration of Algorithm 1: explore once, update method.updates times -> the metrics of
-    reward_metrics and update, averaged over processes."""
-    with torch.no_grad(), adapter.on(model):
+    """One iteration of Algorithm 1: explore, then update, which takes method.updates steps -> the
+    metrics of reward_metrics and update, averaged over processes."""
+    with torch.no_grad(), adapter.on(model):            # no_grad, so that the weights are merged
         branches, scores = explore(model, method, prompts, reward, rng)             # lines 1 to 5
     row = reward_metrics(scores, method.floor)
     row |= update(model, adapter, optimizer, branches, scores["reward"], method, rng)   # 7 to 9
@@ -820,7 +821,7 @@ class Settings(Method):
     alpha: float = option(32.0, "α of the LoRA adapter, which is scaled by α/r", "128")
     buffer_groups: int = option(100, "rollout groups in the buffer", "100")
     buffer_lr: float = option(2e-5, "learning rate of AdamW with the buffer", "1e-5")
-    buffer_tau: float = option(20.0, "τ with the buffer; the trust region is as wide as ε τ",
+    buffer_tau: float = option(20.0, "τ with the buffer; the trust region grows with ε τ",
                                "as --tau")      # Departure: the paper names one τ₀ for both
     buffer_reward: str = option("ta=1", "rewards of the buffer, as --reward", "TA")
     sweep: tuple = option((0.4, 0.6, 0.8, 1.0), "strengths s of the on-policy adapter", "0.4 to 1")
@@ -841,7 +842,8 @@ class Settings(Method):
                          "quality) and of module:function, your own", "VideoAlign's, 1 each")
     clip: str = option("", "open_clip model of ta, vq, mq: a folder, ARCH:FILE or ARCH:TAG, as "
                        "ViT-B-32:laion2b_s34b_b79k [assets/clip]")
-    judge_prompts: str = option("held-out", "training: 24 training prompts, to choose settings on",
+    judge_prompts: str = option("held-out", "prompts of the judged clips; training: 24 training "
+                                "prompts, to choose settings on",
                                 choices=tuple(JUDGE_PROMPTS))
     judge_samples: int = option(8, "clips per prompt in the final table")
     judge_every: int = option(20, "iterations between points of the curve")
