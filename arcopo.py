@@ -277,8 +277,8 @@ def draw_noise(model: Generator, rows: int, rng: torch.Generator) -> Noise:
 
 
 def candidate(model: Generator, x_t: Tensor, x0: Tensor, t, t_next) -> Tensor:
-    """The point whose distances are compared. Consistency model: the clean prediction x̂₀ (Eq. 4).
-    Flow matching: x_t at t_next, an Euler step of the ODE (Eq. 2)."""
+    """What distances compare, candidate or anchor. Consistency model: the clean prediction x̂₀ (Eq.
+    4). Flow matching: x_t at t_next, an Euler step of the ODE (Eq. 2)."""
     return x0 + t_next / t * (x_t - x0) if model.flow else x0
 
 
@@ -325,8 +325,9 @@ def sample(model: Generator, prompts: list[str], noise: Noise) -> Tensor:
 # ------------------------------------------------------------------ fork
 
 class Fork(NamedTuple):
-    """P groups of G branches at the pivot chunk. A buffer stores all of it but the context, which
-    draw_from recomputes from prompts and prefix."""
+    """P groups of G branches at the pivot chunk. replay reads context and states, update reads the
+    candidates. A buffer stores all but the context, which draw_from recomputes from prompts and
+    prefix."""
     prompts: list[str]
     prefix: Tensor          # [P, pivot, *chunk_shape]    finished chunks before the pivot
     context: Context        # h_{p-1}, P rows
@@ -1012,7 +1013,7 @@ def write_report(folder: Path, settings: Settings, clips: dict[str, Tensor], row
         report += f"\nThe model in merged/ has a *: {rule} both reward and judge over the base.\n"
         row = next(row for row in rows if row["model"] == chosen)
         if not (row["Δ reward"] > 0 and row["Δ judge"] > 0):
-            report += "Nor does semi alone: use the base, or other settings.\n"
+            report += "Nor does semi alone: merged/ is no better than the base. Use that, or other settings.\n"
     shown = [name for name in clips if name == chosen or not name.startswith("s = ")]
     report += (f"Clips of each {settings.judge_prompts} prompt: {settings.judge_samples}, on the "
                "same noise for all models. Δ: change from the\nbase ± standard error over prompts; "
@@ -1026,6 +1027,10 @@ def write_report(folder: Path, settings: Settings, clips: dict[str, Tensor], row
         parts = [clips[name][:: 3 * settings.judge_samples] for name in shown]
         save_gif(torch.cat(parts), folder / "models.gif", columns=len(parts[0]))
         print(f"\n{report}Run folder: {folder}")
+    broken = [row["model"] for row in rows if not math.isfinite(row["reward"] + row["judge"])]
+    if broken:
+        raise UserError(f"scores of {', '.join(broken)} are not finite, which --resume cannot mend; "
+                        f"see {folder}/judged.csv")
 
 
 # ------------------------------------------------------------------ command line
@@ -1071,6 +1076,7 @@ def parse(arguments: list | None = None, cls: type = Settings, only: set | None 
     for name in given.keys() & {"base", "clip"}:
         if Path(given[name]).exists():                          # for --resume from elsewhere
             given[name] = str(Path(given[name]).resolve())
+    named = given.keys()
     if "resume" in given:
         saved = read_record(given["resume"], cls)["settings"]
         for name in given:
@@ -1082,9 +1088,9 @@ def parse(arguments: list | None = None, cls: type = Settings, only: set | None 
         settings = cls(**given)
     except ValueError as error:
         raise UserError(flag(str(error))) from error
-    if not (settings.sample or settings.resume):
+    if not settings.sample:
         idle = {"samples", "adapter", *WITHOUT_EFFECT[settings.method].split()}
-        for name in given.keys() & idle:
+        for name in named & idle:
             raise UserError(f"{flag(name)} {given[name]}: has no effect with --method "
                             f"{settings.method}; leave it out")
     return settings
@@ -1097,7 +1103,7 @@ def choose_device(name: str) -> str:
         name += ":" + os.environ["LOCAL_RANK"]
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+    except Exception as error:
         raise UserError(f"--device {name}: cannot be used ({error})") from error
     return name
 
@@ -1168,17 +1174,17 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
             done = len(torch.load(file, map_location="cpu", weights_only=True)["rows"])
             if done > settings.steps:
                 raise UserError(f"--steps {settings.steps}: the run has done {done} already")
-    elif folder.exists():
-        raise UserError(f"--out {folder}: exists; --resume it or name another folder")
     else:
         record = {"program": type(settings).__name__, "processes": processes,
                   "torch": torch.__version__, "command": sys.argv, "reward_scales": None}
     model, reward, buffer_reward = load(settings, record["reward_scales"])
     record |= {"settings": asked, "reward_scales": reward.scales}
-    if dist.is_initialized():
-        dist.barrier()                          # all processes have looked for the folder by now
     if RANK == 0:
-        folder.mkdir(parents=True, exist_ok=bool(settings.resume))  # no other run has this folder
+        try:
+            folder.mkdir(parents=True, exist_ok=bool(settings.resume))  # no other run has it
+        except FileExistsError:
+            raise UserError(f"--out {folder}: exists; name another folder, or --resume it if it is "
+                            "a run") from None
         part = folder / "settings.json.part"
         part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         os.replace(part, folder / "settings.json")
@@ -1264,6 +1270,8 @@ def exit_code(error: BaseException, folder: str = "") -> int:
 def command(body: Callable, arguments: list | None = None, **parsing) -> int:
     """body(settings) with the settings of parse -> exit code. parsing: more arguments of parse."""
     folder = ""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")        # a terminal may lack Δ
     try:
         settings = parse(arguments, **parsing)
         if settings.sample:
@@ -1285,5 +1293,4 @@ def main(arguments: list | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")        # a terminal may lack Δ
     sys.exit(main())

@@ -251,7 +251,7 @@ class ClipReward:
                  whole: bool = False):
         import open_clip  # slow to import: only where needed
 
-        architecture, _, weights = name.rpartition(":")
+        architecture, _, weights = name.partition(":")
         if Path(name).is_dir():
             architecture, weights = f"local-dir:{name}", None
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)    # no warning without a login
@@ -347,7 +347,9 @@ def load_function(name: str) -> Callable:
         sys.path.insert(0, "")                      # the current folder
     try:
         return getattr(importlib.import_module(module), function)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if not isinstance(error, (ModuleNotFoundError, AttributeError)):
+            traceback.print_exc()                   # of the module's own code
         hint = "; rename your file, as reward.py is this project's" if module == "reward" else ""
         raise UserError(f"--reward {name}: cannot import it ({error!r}){hint}") from error
 
@@ -405,12 +407,13 @@ class WeightedReward:
             traceback.print_exc()
             raise UserError(f"--reward {name}: failed ({error!r}); see the traceback above"
                             ) from error
+        returned = type(value).__name__
         try:
             value = torch.as_tensor(value).detach().float().to(clips.device)
         except Exception:
-            raise UserError(f"--reward {name}: returned {type(value).__name__}; expected a tensor "
-                            f"of {len(clips)} numbers, one for each clip") from None
+            raise UserError(f"--reward {name}: returned {returned}; expected a tensor of "
+                            f"{len(clips)} numbers, one for each clip") from None
         if value.shape != (len(clips),):
-            raise UserError(f"--reward {name}: returned a tensor of shape {tuple(value.shape)} for "
-                            f"{len(clips)} clips; expected one number for each")
+            raise UserError(f"--reward {name}: returned {returned} of shape {tuple(value.shape)} "
+                            f"for {len(clips)} clips; expected one number for each")
         return value

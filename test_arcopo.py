@@ -36,7 +36,7 @@ from arcopo import (Adapter, Fork, Generator, Method, Settings, branch_noise, ch
                     explore, fork, group_advantages, iterate, iterate_buffered, merge_adapters,
                     neighbor_noise, replay, sample, seeded, surrogate_log_policy, update)
 from reward import (CHUNKS, HELD_OUT_PROMPTS, QUALITIES, TRAIN_PROMPTS, ClipReward, UserError,
-                    WeightedReward, judge, make_clips)
+                    WeightedReward, judge, load_rewards, make_clips)
 from examples import own_model, rewards
 from examples.check_self_forcing import Text, Vae
 from examples.checks import check
@@ -172,8 +172,8 @@ def test_weighted_reward_puts_the_components_on_one_scale():
 def test_a_reward_that_fails_is_constant_or_returns_something_else_is_named():
     for value, says in ((lambda: None, "returned NoneType"), (lambda: 1 / 0, "failed"),
                         (lambda: (torch.zeros(3), {}), "returned tuple"),
-                        (lambda: [1, 2], "returned a tensor of shape (2,) for 3"),
-                        (lambda: torch.zeros(3, 1), "returned a tensor of shape (3, 1) for 3"),
+                        (lambda: [1, 2], "returned list of shape (2,) for 3"),
+                        (lambda: torch.zeros(3, 1), "returned Tensor of shape (3, 1) for 3"),
                         (lambda: torch.full((3,), 0.1), "is the same number for all"),
                         (lambda: torch.full((3,), math.nan), "is the same number for all")):
         bad = WeightedReward({"my:f": lambda clips, prompts: value()}, {"my:f": 1.0})
@@ -181,6 +181,14 @@ def test_a_reward_that_fails_is_constant_or_returns_something_else_is_named():
             bad.measure_scales(torch.zeros(3, 1), PROMPTS)
     good = WeightedReward({"my:f": lambda clips, prompts: [1, 2, 3]}, {"my:f": 1.0})
     assert good.measure_scales(torch.zeros(3, 1), PROMPTS) == {"my:f": (2, 1)}
+
+
+def test_a_reward_module_that_ends_the_program_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("quits.py").write_text("raise SystemExit(0)")
+    with pytest.raises(UserError, match="--reward quits:f: cannot import it .SystemExit"):
+        load_rewards(["quits:f=1"], "cpu")
+    assert "quits.py" in capsys.readouterr().err                # the traceback
 
 
 # ------------------------------------------------------------------ generator, fork, sampler
@@ -222,11 +230,12 @@ def test_cached_prediction_equals_one_pass_with_the_block_causal_mask():
     model, clean = tiny(), 2 * make_clips(PROMPTS, seeded(0)).unflatten(1, (CHUNKS, -1)) - 1
     nn.init.normal_(model.smooth[2].weight, std=0.1)        # zero at first
     noisy, t = torch.randn(clean.shape, generator=seeded(2)), torch.rand(3, 4, generator=seeded(1))
-    context = model.begin(PROMPTS)
+    context, together = model.begin(PROMPTS), pretrain.predict_all(model, noisy, t, clean, PROMPTS)
     for p in range(CHUNKS):
         x = torch.cat([clean[:, :p], noisy[:, p : p + 1]], 1)
         times = torch.cat([torch.zeros(3, p), t[:, p : p + 1]], 1)
         found = model.predict(noisy[:, p], t[:, p], context)
+        assert torch.equal(found, together[:, p])
         assert torch.allclose(found, one_pass(model, x, times)[0][:, p], atol=1e-5)
         before, kept = context, tree_map(torch.clone, context)
         context = model.extend(context, clean[:, p])
@@ -245,23 +254,24 @@ def test_the_shipped_base_is_good_and_imperfect():
     assert 0.6 < scores["visual"].mean() < 0.8
 
 
-@pytest.mark.parametrize("kind, flow", [("initial", False), ("solver", False), ("initial", True)])
-def test_nothing_but_the_pivots_own_noise_differs(kind, flow):
+@pytest.mark.parametrize("kind, flow, pivot", [
+    ("initial", False, 0), ("initial", False, 3), ("solver", False, 2), ("initial", True, 2)])
+def test_nothing_but_the_pivots_own_noise_differs(kind, flow, pivot):
     """Each branch is what plain sampling gives from the shared noise with that tensor exchanged."""
     model, noise = tiny(flow=flow), draw_noise(tiny(flow=flow), 3, seeded(0))
-    own = {name: x[:, 2, None].expand(-1, 4, *x.shape[2:]) for name, x in noise._asdict().items()}
-    assert torch.equal(branch_noise(noise, 2, 0.5, 4, seeded(1))[1], own["solver"])
+    own = {name: x[:, pivot, None].expand(-1, 4, *x.shape[2:]) for name, x in noise._asdict().items()}
+    assert torch.equal(branch_noise(noise, pivot, 0.5, 4, seeded(1))[1], own["solver"])
     base = getattr(noise, kind)
-    own[kind] = neighbor_noise(base[:, 2], 0.5, 4, seeded(1)).transpose(0, 1)
-    branches, clips = fork(model, PROMPTS, 2, noise, **own)
+    own[kind] = neighbor_noise(base[:, pivot], 0.5, 4, seeded(1)).transpose(0, 1)
+    branches, clips = fork(model, PROMPTS, pivot, noise, **own)
     assert torch.equal(branches.states[:, 0], own["initial"])
     for i in range(4):
         changed = base.clone()
-        changed[:, 2] = own[kind][:, i]
+        changed[:, pivot] = own[kind][:, i]
         plain = sample(model, PROMPTS, noise._replace(**{kind: changed}))
         assert torch.allclose(plain, clips[:, i], atol=1e-5)
-    before, after = (clips[:, 1:] - clips[:, :1]).abs().tensor_split([6], 2)    # 2 of 4 chunks
-    assert before.max() == 0 and after.amax((2, 3, 4, 5)).min() > 1e-3
+    before, after = (clips[:, 1:] - clips[:, :1]).abs().tensor_split([3 * pivot], 2)    # frames
+    assert before.sum() == 0 and after.amax((2, 3, 4, 5)).min() > 1e-3
 
 
 def test_explore_forks_random_prompts_and_pivots_by_neighbours_of_the_initial_noise():
@@ -1080,7 +1090,7 @@ def test_resume_takes_settings_of_the_machine_alone(tmp_path, small, capsys, mon
     assert refused(line, f"--out {out}", capsys)
     monkeypatch.chdir(small.parent)
     for other in ("--lr 0.1", "--group 4", "--reward ta=1", "--method semi",
-                  "--base base.safetensors"):
+                  "--base base.safetensors", "--sweep 3"):
         assert refused(["--resume", out, *other.split()], other.split()[0], capsys)
     assert refused(["--resume", tmp_path], f"--resume {tmp_path}", capsys)
     assert content(out) == before
@@ -1195,9 +1205,11 @@ def test_rewards_that_are_not_finite_are_reported(tmp_path, small, monkeypatch, 
     monkeypatch.setattr(WeightedReward, "__call__", lambda *a: {
         name: x.index_fill(0, torch.tensor(0, device=x.device), math.nan)
         for name, x in plain(*a).items()})
-    assert arcopo.main([*ON, "--steps", 2, "--base", small, "--out", tmp_path / "run"]) == 0
-    assert capsys.readouterr().err == (
-        "on-policy: rewards or updates that were not finite were left out; see on-policy.csv\n")
+    assert arcopo.main([*ON, "--steps", 2, "--base", small, "--out", tmp_path / "run"]) == 2
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == (
+        "on-policy: rewards or updates that were not finite were left out; see on-policy.csv")
+    assert last.startswith("arcopo: scores of base, on-policy are not finite; see ")
 
 
 @pytest.mark.parametrize("error, code, says", [
@@ -1367,17 +1379,21 @@ def test_the_base_study_measures_groups_by_pivot(tmp_path, small, monkeypatch):
 
 
 def test_the_base_study_counts_errors_and_orders_by_auc(monkeypatch):
-    """Two right clips, two of a wrong colour, one of a wrong shape and motion, an empty one."""
+    """Two right clips, two of a wrong colour, one of a wrong shape and motion, an empty one. TA
+    prefers other colours and shapes in the first and third."""
     colour, shape = torch.tensor([1, 1, 0, 0, 1, 0.0]), torch.tensor([1, 1, 1, 1, 0, 0.0])
     scores = {"colour": colour, "shape": shape, "direction": shape, "all_right": colour * shape,
               "visual": torch.tensor([0.6, 0.8, 0, 0, 0, 0]), "motion_quality": colour}
     monkeypatch.setattr(measure, "sample_batches", lambda *a: torch.zeros(6))
     monkeypatch.setattr(measure, "judge", lambda *a: scores)
-    ta = {"ta": torch.tensor([0.9, 0.4, 0.5, 0.1, 0.0, 0.0])}
-    found = measure.errors(tiny(), lambda *a: ta, tiny_settings())
-    assert found["empty"] == pytest.approx(1 / 6) and found["AUC of TA, colour"] == 0.75
-    assert found["visual of right clips"] == pytest.approx(0.7)
-    assert found["AUC of TA, shape"].isnan()
+    monkeypatch.setattr(measure, "HELD_OUT_PROMPTS", TRAIN_PROMPTS[:1] * 6)
+    ta, others = torch.tensor([[0.9, 0.4, 0.5, 0.1, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0, -1.0, -1.0]])
+    reward = lambda clips, texts: {"ta": ta if texts[0] == TRAIN_PROMPTS[0] else others}
+    found = measure.errors(tiny(), reward, tiny_settings(judge_samples=1))
+    assert found["empty"] == found["wrong for judge and CLIP"] == pytest.approx(1 / 6)
+    assert found["AUC, colour"] == 0.75
+    assert found["visual if right"] == pytest.approx(0.7)
+    assert found["AUC, shape"].isnan()
 
 
 def test_the_cost_study_counts_every_part(tmp_path, base, monkeypatch):

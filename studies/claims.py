@@ -60,9 +60,11 @@ RUNS = [
 ]
 
 
-def append_rows(file: Path, new: list[dict]) -> None:
-    """Append to a CSV file. Columns that it has not are added, empty in the rows before."""
-    rows = read(file) + new
+def write_rows(file: Path, about: dict, new: list[dict]) -> None:
+    """Append to a CSV file, in place of the run's rows if it has some. Columns that it has not are
+    added, empty in the rows before."""
+    rows = [row for row in read(file) if not about.items() <= row.items()]
+    rows += [about | row for row in new]
     empty = {name: "" for row in rows for name in row}
     write_csv(file, [empty | row for row in rows])
 
@@ -84,9 +86,9 @@ def execute(out: Path, run: Run, seed: int, extra: list[str]) -> None:
         raise UserError(f"{shlex.join(words)}: failed")
     for file in sorted(folder.glob("*-curve.csv")):
         training = {"training": file.name.removesuffix("-curve.csv")}
-        append_rows(out / "curves.csv", [about | training | row for row in read(file)])
+        write_rows(out / "curves.csv", about | training, read(file))
     found = read(folder / f"{run.name if separate else 'judged'}.csv")
-    append_rows(result, [about | row for row in found])     # last: then the run counts as done
+    write_rows(result, about, found)                        # last: then the run counts as done
 
 
 def study(args) -> None:

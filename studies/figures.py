@@ -68,6 +68,7 @@ def curves():
 
 def tradeoff():
     """C6: merged models and the scaled on-policy adapter, by s, of both recipes."""
+    columns = "reward", "judge", "all_right"
     figure, plots = plt.subplots(2, 4, figsize=(16, 7.8), layout="constrained")
     for row, (run, label) in zip(plots, (("recipe", "on-policy on TA and MQ"),
                                          ("recipe, on-policy without TA",
@@ -78,14 +79,20 @@ def tradeoff():
                   if r["model"] == "semi" or r["model"].startswith("s = ")]
         scaled = [r | {"s": r["model"].partition(" x ")[2] or "1"} for r in rows
                   if r["model"].startswith("on-policy")] + [r | {"s": "0"} for r in base]
-        points = {column: changes_by("s", merged, base, column) for column in COLUMNS}
-        both = {s: (mean(points["reward"][s]), mean(points["judge"][s])) for s in points["judge"]}
-        for axes, column in zip(row, COLUMNS):
-            band(axes, points[column], "merged")
-            band(axes, changes_by("s", scaled, base, column), "on-policy, scaled", "--")
-            axes.axvline(choose_strength(both, (0, 0)), color="black", linewidth=1.5, linestyle=":",
-                         label="s by the rule of Sec. 4.4")
-            axes.set(title=f"Δ {TITLES[column]}", xlabel="strength s")
+        for models, name, line in (merged, "merged", "-"), (scaled, "on-policy, scaled", "--"):
+            points = {column: changes_by("s", models, base, column) for column in columns}
+            for axes, column in zip(row, columns):
+                band(axes, points[column], name, line)
+                axes.set(title=f"Δ {TITLES[column]}", xlabel="strength s")
+            middle = {column: [mean(v) for v in points[column].values()] for column in columns}
+            row[3].plot(middle["reward"], middle["all_right"], line, marker="o", markersize=4,
+                        color=COLOURS[name])
+            if name == "merged":
+                both = dict(zip(points["judge"], zip(middle["reward"], middle["judge"])))
+                for axes in row[:3]:
+                    axes.axvline(choose_strength(both, (0, 0)), color="black", linewidth=1.5,
+                                 linestyle=":", label="s by the rule of Sec. 4.4")
+        row[3].set(title="Δ all right against Δ reward", xlabel="Δ reward")
         row[0].set_ylabel(label)
     figure.legend(*plots[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
@@ -119,28 +126,32 @@ def show(axes, frame: torch.Tensor, right: bool | None = None, size: int = 18) -
 
 
 def fork_picture():
-    """A group of the base: the first held-out prompt whose branches at pivot 1 are of both kinds,
-    right and wrong, seed 0."""
+    """At pivot 2, of the base's groups of each held-out prompt, seed 0, the one whose rewards have
+    the largest deviation."""
     settings = Settings(device="cpu")
     model, reward, _ = load(settings)
-    for prompt in HELD_OUT_PROMPTS:
-        noise, rng = draw_noise(model, 1, seeded(0, "figure")), seeded(0, "figure branches")
-        own = branch_noise(noise, 0, settings.sigma, settings.group, rng)
-        clips = fork(model, [prompt], 0, noise, *own)[1][0]
-        right = judge(clips, [prompt] * len(clips))["all_right"]
-        if 0 < right.mean() < 1:
-            break
-    scores = reward(clips, [prompt] * len(clips))["reward"]
+    P, G = len(HELD_OUT_PROMPTS), settings.group
+    noise, rng = draw_noise(model, P, seeded(0, "figure")), seeded(0, "figure branches")
+    own = branch_noise(noise, 1, settings.sigma, G, rng)
+    clips = fork(model, HELD_OUT_PROMPTS, 1, noise, *own)[1]
+    prompts = [prompt for prompt in HELD_OUT_PROMPTS for _ in range(G)]
+    scores = reward(clips.flatten(0, 1), prompts)["reward"].view(P, G)
+    group = int(scores.std(1).argmax())
+    prompt, clips, scores = HELD_OUT_PROMPTS[group], clips[group], scores[group]
+    right = judge(clips, [prompt] * G)["all_right"]
     advantages = group_advantages(scores, floor=settings.floor)
     order = scores.argsort(descending=True)
-    figure, plots = plt.subplots(2, len(clips), figsize=(16, 3.6), layout="constrained")
-    for column, i in enumerate(order):
-        show(plots[0, column], clips[i, 2])
+    figure, plots = plt.subplots(2, 1 + G, figsize=(16, 3.4), layout="constrained")
+    show(plots[0, 0], clips[0, 2])
+    plots[0, 0].set(title="one\nprefix")
+    plots[1, 0].axis("off")
+    for column, i in enumerate(order, 1):
+        show(plots[0, column], clips[i, 5])
         show(plots[1, column], clips[i, 11], right[i])
         plots[0, column].set_title(f"r {scores[i]:+.2f}\nA {advantages[i]:+.2f}")
-    plots[0, 0].set_ylabel("pivot\nchunk")
-    plots[1, 0].set_ylabel("end of\nthe clip")
-    figure.suptitle(f"“{prompt}”: one initial noise, {len(clips)} neighbours; all other noise is "
+    plots[0, 1].set_ylabel("pivot\nchunk")
+    plots[1, 1].set_ylabel("end of\nthe clip")
+    figure.suptitle(f"“{prompt}”: one initial noise, {G} neighbours; all other noise is "
                     "shared. Sorted by reward r; A: advantage; tick: all right")
     return figure
 

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from arcopo import (Adapter, Generator, Settings, branch_noise, choose_device, command, draw_noise,
                     fork, load, load_generator, neighbor_noise, option, sample, sample_batches,
                     seeded, update, write_csv)
-from reward import BACKGROUND, HELD_OUT_PROMPTS, TRAIN_PROMPTS, UserError, judge
+from reward import (BACKGROUND, COLOURS, HELD_OUT_PROMPTS, SHAPES, TRAIN_PROMPTS, UserError,
+                    attributes, judge, prompt_of)
 from studies import sde_grpo
 from studies.common import HERE
 
@@ -50,25 +51,33 @@ def brightness(clips: Tensor) -> Tensor:
 
 
 def errors(model: Generator, reward: Callable, settings: Measurement) -> dict[str, Tensor]:
-    """Of clips of held-out prompts: the share that is empty, the quality of the right ones, and
-    the AUC with which TA tells these from clips with one attribute wrong."""
+    """Of clips of held-out prompts: the share that is empty; the share whose colour or shape is
+    wrong for the judge and, by the TA of all colours and shapes, for the CLIP too; the quality of
+    the right clips, and the AUC with which TA tells these from clips with one attribute wrong."""
     prompts = [prompt for prompt in HELD_OUT_PROMPTS for _ in range(settings.judge_samples)]
     clips = sample_batches(model, prompts, seeded(settings.seed, "judging"), settings.micro)
     scores, ta = judge(clips, prompts), reward(clips, prompts)["ta"]
-    attributes = "colour", "shape", "direction"
-    count, right = sum(scores[name] for name in attributes), scores["all_right"] == 1
-    found = {"empty": (count == 0).float().mean()}
+    parts = "colour", "shape", "direction"
+    count, right = sum(scores[name] for name in parts), scores["all_right"] == 1
+    named = attributes(prompts)
+    others = [[prompt_of(colour, shape, motion) for motion in named[:, 2]]
+              for colour in range(len(COLOURS)) for shape in range(len(SHAPES))]
+    closest = torch.stack([reward(clips, texts)["ta"] for texts in others]).argmax(0).cpu()
+    doubted = (closest != named[:, 0] * len(SHAPES) + named[:, 1]).to(ta.device)
+    wrong = (scores["colour"] * scores["shape"] == 0) & (count > 0)
+    found = {"empty": (count == 0).float().mean(),
+             "wrong for judge and CLIP": (wrong & doubted).float().mean()}
     for name in ("visual", "motion_quality"):
-        found[f"{name} of right clips"] = scores[name][right].mean()
-    for name in attributes:
+        found[f"{name} if right"] = scores[name][right].mean()
+    for name in parts:
         alone = (scores[name] == 0) & (count == 2)
-        found[f"AUC of TA, {name}"] = (ta[right][:, None] > ta[alone]).float().mean()
+        found[f"AUC, {name}"] = (ta[right][:, None] > ta[alone]).float().mean()
     return found
 
 
 def base(settings: Measurement) -> list[dict]:
     """Before alignment: the errors of clips, and groups of branches of each held-out prompt."""
-    model, reward, _ = load(replace(settings, reward="ta=1"))
+    model, reward, _ = load(replace(settings, reward="ta=1,mq=1"))
     P, G = len(HELD_OUT_PROMPTS), settings.group
     rows = [{"subject": "clips", "measure": name, "value": value.item()}
             for name, value in errors(model, reward, settings).items()]
@@ -84,7 +93,8 @@ def base(settings: Measurement) -> list[dict]:
         mixed = (matching.amin(1) == 0) & (matching.amax(1) == 1)
         found = {"groups with right and wrong colour or shape": mixed.float().mean().item(),
                  "deviation of ta": values["ta"].std(1, correction=0).mean().item(),
-                 "area and light": correlation(values["area"], values["light"])}
+                 "area and light": correlation(values["area"], values["light"]),
+                 "mq and light": correlation(values["mq"], values["light"])}
         rows += [{"subject": f"pivot {pivot + 1}", "measure": name, "value": value}
                  for name, value in found.items()]
     return rows

@@ -5,16 +5,19 @@ sweep, beside the merged models, and appends these rows to judged.csv.
 """
 
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from arcopo import (Adapter, Settings, command, judge_model, judged_rows, load, merge_adapters,
                     read_record, run, write_csv)
 from reward import UserError
 
+USED = {f.name for f in fields(Settings)} - {"method", "sample", "samples", "adapter"}
+
 
 def study(settings: Settings) -> None:
     if settings.method != "recipe":
-        raise UserError("--method: this study needs the whole recipe; leave it out")
+        raise UserError(f"--resume {settings.resume}: is no run of the whole recipe")
     run(settings)
     folder = Path(settings.out)
     model, reward, _ = load(settings, read_record(folder)["reward_scales"])
@@ -26,7 +29,7 @@ def study(settings: Settings) -> None:
 
 
 def main(arguments: list | None = None) -> int:
-    return command(study, arguments, description=__doc__)
+    return command(study, arguments, only=USED, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ def scores(columns: str, models: dict[str, tuple[str, str]]) -> str:
     return markdown(table)
 
 
-BASES = {"base": ("recipe", "base"), "teacher": ("flow matching", "base"),
+BASES = {"base": ("recipe", "base"), "base, distilled times": ("AR-CoPO, distilled times", "base"),
+         "teacher": ("flow matching", "base"),
          "right captions": ("right captions", "base")}
 README = {"base": "base", "semi-on-policy (s = 0)": "semi", "merged, s = 0.4": "s = 0.4",
           "merged, s = 0.8": "s = 0.8", "merged, s = 1": "s = 1", "on-policy": "on-policy",
@@ -124,7 +125,8 @@ def pivots() -> str:
     table = {}
     for label, measure in (
             ("right and wrong colour or shape", "groups with right and wrong colour or shape"),
-            ("deviation of TA", "deviation of ta"), ("area and light", "area and light")):
+            ("deviation of TA", "deviation of ta"), ("area and light", "area and light"),
+            ("MQ and light", "mq and light")):
         rows = {p: rows_of("base.csv", subject=f"pivot {p}", measure=measure) for p in PIVOTS}
         table[label] = {f"pivot {p}": spread(values(rows[p], "value"), 2) for p in PIVOTS}
     return markdown(table)
