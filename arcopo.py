@@ -1,10 +1,10 @@
 """AR-CoPO: align a streaming, few-step, autoregressive video generator with rewards.
 
     python arcopo.py --steps 100                        the recipe: train two adapters, merge, judge
-    python arcopo.py --method on-policy --steps 100     one adapter; also semi
+    python arcopo.py --method on-policy --steps 100     one adapter; or --method semi
     python arcopo.py --resume runs/NAME --steps 200     continue a run, here up to 200 iterations
     python arcopo.py --sample "a red circle moving right" --adapter runs/NAME/merged
-    torchrun --nproc-per-node=8 arcopo.py --steps 100   each process draws groups of its own
+    torchrun --nproc-per-node=8 arcopo.py --steps 100   each process updates on its own groups
 
 He et al., AR-CoPO: Align Autoregressive Video Generation with Contrastive Policy Optimization,
 arXiv 2603.17461 ("the paper"), built on He et al., Neighbor GRPO, arXiv 2511.16955. The generator
@@ -20,7 +20,7 @@ F_θ(x_t, h, t)  Eq. 4             model.predict(x_t, t, context)
 h_{p-1}         Alg. 1            Context
 ε*, ε⁽ⁱ⁾, σ, G  Eq. 1             noise.initial, neighbor_noise, sigma, group
 x̂₀⁽ⁱ⁾, x_t⁽ⁱ⁾   Eq. 4, Eq. 2      candidates: clean predictions x̂₀⁽ⁱ⁾ of a consistency model;
-                                  for flow matching the Euler steps, Eq. 2's x_t⁽ⁱ⁾
+                                  for flow matching Eq. 2's x_t⁽ⁱ⁾, after the Euler step
 x̂₀^(θ), B       Eq. 4, Sec. 3.1   replay, anchors
 d⁽ⁱ⁾, τ, π_θ(i) Eq. 2, 5          surrogate_log_policy, tau (τ₀)
 r⁽ⁱ⁾, A⁽ⁱ⁾      Eq. 3             reward, group_advantages
@@ -30,8 +30,8 @@ the buffer      Sec. 3.3          collect_buffer, draw_from
 Δ, s            Sec. 3.3, 4.4     Adapter, merge_adapters, choose_strength
 
 Shapes: P prompts, T steps, L chunks, G branches, B anchors, K pairs of a step and an anchor, N rows
-of a batch, D elements of a chunk x_t [N, *chunk_shape], here [N, frames, 3, height, width]. rng is
-a torch.Generator on the CPU.
+of a batch, D elements of a chunk. A batch x_t is [N, *chunk_shape], here [N, frames, 3, height,
+width]. Every rng is a torch.Generator on the CPU.
 """
 
 import argparse
@@ -86,7 +86,7 @@ class Method:
     sigma: float = option(0.5, "radius σ of the neighbours in noise (Eq. 1)", "0.5")
     anchors: int = option(4, "anchors B of the G candidates (symmetric sampling)", "4")
     updates: int = option(2, "policy updates per iteration", "2")
-    prompts: int = option(4, "prompts P per iteration", "1 in Alg. 1; 24 GPUs")
+    prompts: int = option(4, "prompts P per iteration", "1 in Alg. 1, on 24 GPUs")
     clip_range: float = option(1e-4, "ε of the ratio clip (Eq. 3); inf: no clip", "1e-4")
     tau: float = option(0.03, "temperature τ₀ of distances averaged over elements (Eq. 5: summed)")
     quasi_norm: float = option(0.0, "p of the quasi-norm of the advantages; 0: standard deviation",
@@ -109,9 +109,9 @@ class Method:
 
 # ------------------------------------------------------------------ generator
 
-PATCH = 8
-TIMESTEPS = (1.0, 0.1, 0.05, 0.02)      # Departure: lower than those of the base's distillation, so
-                                        # that solver noise decides little, as in the paper's Fig. 6
+PATCH = 8                               # px
+TIMESTEPS = (1.0, 0.1, 0.05, 0.02)      # Departure: lower than in the base's distillation, so that
+                                        # solver noise decides little, as in the paper's Fig. 6
 
 
 class Context(NamedTuple):
@@ -142,8 +142,8 @@ class Block(nn.Module):
         """x [N, M, W], modulation [N, 6, W], past: keys and values [N, heads, S, W/heads] of the S
         tokens before -> x, and keys and values [N, heads, S + M, W/heads]."""
         N, M, W = x.shape                                               # rows, tokens, width
-        table = (modulation + self.table)[:, :, None]
-        shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(1)  # [N, 1, W]
+        six = (modulation + self.table)[:, :, None]
+        shift1, scale1, gate1, shift2, scale2, gate2 = six.unbind(1)    # [N, 1, W]
         y = F.layer_norm(x, (W,)) * (1 + scale1) + shift1
         qk, v = self.qkv(y).view(N, M, 3, self.heads, -1).split([2, 1], 2)
         q, k = F.rms_norm(qk, qk.shape[-1:]).permute(2, 0, 3, 1, 4)     # [N, heads, M, W/heads]
@@ -161,27 +161,27 @@ class Generator(nn.Module):
 
     begin(prompts)           -> Context   the context before the first chunk, N rows
     predict(x_t, t, context) -> x̂₀        F_θ: the clean chunk, like x_t [N, *chunk_shape]
-    extend(context, x0)      -> Context   a new context: with a finished chunk added
+    extend(context, x0)      -> Context   a new one, with a finished chunk added
     decode(latents)          -> clips     [N, L, *chunk_shape] -> the reward's tensor, batch first
     timesteps                             the T sampler times as floats, from 1 down, 0 excluded
     chunk_shape, chunks                   shape of a latent chunk (any number of axes), and L
     flow                                  False: consistency model; True: flow matching, Euler steps
     device                                where its tensors are
 
-    x_t = (1 - t) x₀ + t ε, in float32; t is a float or float32 [N]. `timesteps` include a
-    scheduler's shift and serve all chunks. A prediction may have any dtype. There is no guidance:
-    the policy is one call of predict. A row's result does not depend on the other rows. A Context
-    is any object with repeat(times): row n becomes rows n * times to n * times + times - 1. Nothing
-    writes to it, so the copies may share memory. An Adapter applies to nn.Linear layers.
+    x_t = (1 - t) x₀ + t ε, in float32; t is a float or float32 [N]. `timesteps` are after a
+    scheduler's shift, the same for all chunks. A prediction may have any dtype. There is no
+    guidance: the policy is one call of predict. A row's result does not depend on the other rows. A
+    Context is any object with repeat(times): row n becomes rows n * times to n * times + times - 1.
+    Nothing writes to it, so the copies may share memory. An Adapter applies to nn.Linear layers.
 
-    A flow map predicts the average velocity u from t to the next time, which it looks up in
-    `timesteps`; then flow = True, and predict returns x_t - t u. Chunks of unequal length are
+    A flow map predicts the average velocity u from t to the next time (predict looks it up in
+    `timesteps`); then flow = True, and predict returns x_t - t u. Chunks of unequal length are
     padded to chunk_shape, and predict returns zeros for the padding (with flow = True its noise
     still enters the distances, but no gradient does). Optional: `fingerprint`, a hash of the
     weights, by which an adapter trained on other weights is refused.
     """
 
-    chunk_shape, chunks = (CHUNK_FRAMES, 3, SIZE, SIZE), CHUNKS
+    chunk_shape, chunks = (CHUNK_FRAMES, 3, SIZE, SIZE), CHUNKS     # the paper: 7, of 3 latents
     fingerprint = ""
 
     def __init__(self, width: int = 256, layers: int = 5, heads: int = 4,
@@ -229,7 +229,7 @@ class Generator(nn.Module):
 
     @staticmethod
     def decode(latents: Tensor) -> Tensor:
-        """Pixels [N, L, *chunk_shape] in [-1, 1] -> [N, FRAMES, 3, SIZE, SIZE] in [0, 1]."""
+        """Pixels [N, L, *chunk_shape] in [-1, 1] -> [N, frames, 3, height, width] in [0, 1]."""
         return (latents.flatten(1, 2).float() / 2 + 0.5).clamp(0, 1)
 
     def transform(self, x: Tensor, t: float | Tensor,
@@ -404,7 +404,7 @@ def group_advantages(rewards: Tensor, power: float = 0.0, floor: float = 1e-6) -
     """
     dtype = torch.promote_types(rewards.dtype, torch.float32)
     rewards = rewards.to(dtype).where(rewards.isfinite(), math.nan)
-    rewards = rewards - rewards.nan_to_num(math.inf).amin(-1, keepdim=True)     # 0 if all equal
+    rewards = rewards - rewards.nan_to_num(math.inf).amin(-1, keepdim=True)     # 0 if equal
     centred = rewards - rewards.nanmean(-1, keepdim=True)
     deviation = centred.square().nanmean(-1, keepdim=True).sqrt()
     if power == 0:
@@ -423,7 +423,7 @@ def surrogate_log_policy(candidates: Tensor, anchor: Tensor, tau: float) -> Tens
     """
     dtype = torch.promote_types(anchor.dtype, torch.float32)
     pair = torch.broadcast_tensors(candidates.to(dtype), anchor.to(dtype).unsqueeze(-2))
-    d = F.mse_loss(*pair, reduction="none").sum(-1) / anchor.shape[-1]
+    d = F.mse_loss(*pair, reduction="none").sum(-1) / anchor.shape[-1]     # faster than mean(-1)
     return F.log_softmax(-d / tau, -1)
 
 
@@ -477,13 +477,14 @@ class Adapter:
 
     @contextmanager
     def on(self, model: nn.Module):
-        """Inside, the model is the adapted one. Hooks add the low-rank terms to the outputs; if it
-        is entered under torch.no_grad, float32 layers get merged weights instead, which is faster.
+        """Inside, the model is the adapted one. Hooks add the low-rank terms to the outputs; if the
+        block is entered under torch.no_grad, float32 layers get merged weights, which is faster.
         The model is restored on exit. Several adapters add up; one that is on already raises
         RuntimeError."""
         if self.applied:
             raise RuntimeError("the adapter is on already; update and iterate put it on themselves")
-        scale, dynamo = self.alpha / self.rank, sys.modules.get("torch._dynamo")
+        scale = self.alpha / self.rank
+        dynamo = sys.modules.get("torch._dynamo")
         if dynamo and dynamo.config.skip_nnmodule_hook_guards:
             dynamo.config.skip_nnmodule_hook_guards = False
             dynamo.reset()              # else torch.compile would use code traced without the hooks
@@ -566,7 +567,7 @@ def replay(model: Generator, branches: Fork, step: Tensor, anchor: Tensor) -> Te
     x_t = branches.states[:, step, anchor]
     P, K = x_t.shape[:2]
     x_t = x_t.flatten(0, 1)
-    times = torch.stack([x_t.new_full((), t) for t in (*model.timesteps, 0.0)])     # on device
+    times = torch.stack([x_t.new_full((), t) for t in (*model.timesteps, 0.0)])     # no transfer
     t, t_next = times[step].repeat(P), times[step + 1].repeat(P)
     x0 = model.predict(x_t, t, branches.context.repeat(K)).float()
     column = lambda z: z.view(-1, *[1] * (x_t.ndim - 1))
@@ -594,19 +595,19 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
            buffered: bool = False) -> dict[str, Tensor]:
     """Algorithm 1, lines 7 to 9: steps of ascent on J, on the pivot chunk only.
 
-    On-policy, π_old is the policy before the first of method.updates steps. buffered: the branches
-    are the reference policy's (Sec. 3.3), which is π_old: one step, and the clip is the trust
-    region around the reference. rewards [P, G]; no adapter may be on. J is a mean over pairs, so
-    its gradient is summed over slices of method.micro rows, and averaged over processes, each with
-    its own groups. Returns scalars, on the device:
+    On-policy, π_old is the policy before the first of method.updates updates. buffered: the
+    branches are the reference policy's (Sec. 3.3), which is π_old: one update, and the clip is the
+    trust region around the reference. rewards [P, G]; no adapter may be on. J is a mean over pairs,
+    so its gradient is summed over slices of method.micro rows, and averaged over processes, each
+    with its own groups. Returns scalars, on the device:
 
     replay_error     mean |log π_old - log π of the rollout|, due to rounding alone if all is well
                      (in a buffer, to half precision)
-    ratio_first      mean ρ at the first step; on-policy exactly 1
-    clip_fraction    share of terms whose gradient the clip sets to zero, at the last step
-    grad_norm        mean over steps
-    skipped          share of steps left out because their gradient was not finite (Departure);
-                     one prompt whose prefix is not finite is enough
+    ratio_first      mean ρ at the first update; on-policy exactly 1
+    clip_fraction    share of terms whose gradient the clip sets to zero, at the last update
+    grad_norm        mean over updates
+    skipped          share of updates left out because their gradient was not finite (Departure);
+                     a prefix that is not finite, of one prompt, leaves out the update of all
     """
     T, G = len(model.timesteps), rewards.shape[1]
     pairs = draw_pairs(T, G, method.anchors, rng).to(model.device)
@@ -626,31 +627,32 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
     with nullcontext() if buffered else adapter.on(model):
         log_olds = [log_policy(step, replay(model, branches, step, anchor)).detach()
                     for step, anchor in slices]
+    log_rollouts = [log_policy(step, branches.candidates[:, step, anchor])
+                    for step, anchor in slices]
+    errors = torch.cat(log_olds, 1) - torch.cat(log_rollouts, 1)
     norms, ratios = [], []
     for _ in range(1 if buffered else method.updates):
         optimizer.zero_grad()
         log_ratios = []
         with adapter.on(model):     # backward too: activation checkpointing runs the model again
-            for (step, anchor), log_old, A in zip(slices, log_olds, advantages.split(size, 1)):
+            parts = zip(slices, log_olds, advantages.split(size, 1))
+            for (step, anchor), log_old, advantage in parts:
                 log_ratio = log_policy(step, replay(model, branches, step, anchor)) - log_old
-                J = clipped_objective(log_ratio, A, method.clip_range)
+                J = clipped_objective(log_ratio, advantage, method.clip_range)
                 (-J * len(step) / len(pairs)).backward()                                   # line 9
                 log_ratios.append(log_ratio.detach())
         if any(p.grad is None for p in adapter.parameters()):
             layers = getattr(adapter, "weights", {})
             unused = [name for name, (A, B) in layers.items() if B.grad is None]
-            warnings.warn(f"no gradient reaches the adapter of layers {unused}: are they used "
-                          "without a call? Leave them out of its targets", stacklevel=2)
+            warnings.warn(f"no gradient reaches some layers {unused or ''}: are they used without "
+                          "a call? Leave them out of the adapter's targets", stacklevel=2)
         gradients = [average_(p.grad) for p in adapter.parameters() if p.grad is not None]
         norms.append(nn.utils.get_total_norm(gradients))
         ratios.append(torch.cat(log_ratios, 1).exp())
         if torch.isfinite(norms[-1]):
             optimizer.step()
-    log_rollouts = [log_policy(step, branches.candidates[:, step, anchor])
-                    for step, anchor in slices]
     clipped = (ratios[-1] - 1) * advantages.sign() > method.clip_range
     norms = torch.stack(norms)
-    errors = torch.cat(log_olds, 1) - torch.cat(log_rollouts, 1)
     return {"replay_error": (errors.abs() * usable).mean(),
             "ratio_first": ratios[0].mean(), "clip_fraction": clipped.float().mean(),
             "grad_norm": norms.mean(), "skipped": (~norms.isfinite()).float().mean()}
@@ -659,9 +661,9 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
 # ------------------------------------------------------------------ exploration and buffer
 
 def score_branches(branches: Fork, clips: Tensor, reward: Callable) -> dict[str, Tensor]:
-    """The scores [P, G] of the branches' clips [P, G, ...]. A branch that is not finite is scored
-    NaN, so that its advantage and its terms as an anchor are 0, and its tensors are made finite.
-    Raises TypeError if the reward returns anything but {"reward": [N], ...}."""
+    """The scores [P, G] of the branches' clips [P, G, ...]. Departure: a branch that is not finite
+    is scored NaN, so that its advantage and its terms as an anchor are 0; the Fork's tensors are
+    made finite, in place. Raises TypeError if the reward returns no dict with a tensor "reward"."""
     P, G = clips.shape[:2]
     finite = branches.candidates.isfinite().flatten(3).all(3).all(1)
     finite &= clips.isfinite().flatten(2).all(2).to(finite.device)
@@ -677,8 +679,8 @@ def score_branches(branches: Fork, clips: Tensor, reward: Callable) -> dict[str,
 @torch.no_grad()
 def explore(model: Generator, method: Method, prompts: list[str], reward: Callable,
             rng: torch.Generator) -> tuple[Fork, dict[str, Tensor]]:
-    """Algorithm 1, lines 1 to 5, for P = method.prompts prompts drawn at random -> Fork, {"reward",
-    ...: [P, G]}. Raises ValueError if there are fewer prompts.
+    """Algorithm 1, lines 1 to 5, for P = method.prompts prompts drawn at random -> Fork, {"reward":
+    [P, G], ...}. Raises ValueError if there are fewer prompts.
 
     reward(clips [N, ...] as model.decode gives them, prompts) -> {"reward": [N], others: [N]}.
     Departure: the P prompts share the pivot, so that they run as one batch.
@@ -700,7 +702,7 @@ def collect_buffer(model: Generator, method: Method, prompts: list[str], reward:
     """The buffer (Sec. 3.3): the groups of one call of explore for each of `rngs`. The reference
     policy must explore, so no adapter may be on.
 
-    A group is {"prompt": str, "scores": {"reward", ...: [G]} and, in half precision, "prefix"
+    A group is {"prompt": str, "scores": {"reward": [G], ...} and, in half precision, "prefix"
     [pivot, *chunk_shape], "states", "candidates" [T, G, *chunk_shape]}, in CPU memory.
     """
     buffer = []
@@ -709,7 +711,7 @@ def collect_buffer(model: Generator, method: Method, prompts: list[str], reward:
         for i, prompt in enumerate(branches.prompts):
             tensors = {name: getattr(branches, name)[i].half().cpu()
                        for name in ("prefix", "states", "candidates")}
-            rewards = {name: x[i].clone().cpu() for name, x in scores.items()}
+            rewards = {name: x[i].clone().cpu() for name, x in scores.items()}  # no views: saved
             buffer.append({"prompt": prompt, "scores": rewards} | tensors)
     return buffer
 
@@ -741,12 +743,12 @@ def draw_from(buffer: list[dict], model: Generator, P: int,
 # ------------------------------------------------------------------ one iteration
 
 def reward_metrics(scores: dict[str, Tensor], floor: float) -> dict[str, Tensor]:
-    """scores {"reward", ...: [P, G]} -> their means over finite values; not_finite: share of the
+    """scores {"reward": [P, G], ...} -> their means over finite values; not_finite: share of the
     rewards that are not; deviation: the reward's standard deviation in a group, its mean over
     groups; flat_groups: share of groups with a deviation below the floor."""
     scores = {name: x.where(x.isfinite(), math.nan) for name, x in scores.items()}
     reward = scores["reward"]
-    reward = reward - reward.nan_to_num(math.inf).amin(1, keepdim=True)         # 0 if all equal
+    reward = reward - reward.nan_to_num(math.inf).amin(1, keepdim=True)         # 0 if equal
     deviation = (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
     flat = ~(deviation >= floor)                    # also NaN, in a group without rewards
     return {name: x.nanmean() for name, x in scores.items()} | {
@@ -790,23 +792,24 @@ def iterate_buffered(model: Generator, adapter: Adapter, optimizer: torch.optim.
 
 def merge_adapters(*terms: tuple[Adapter, float]) -> Adapter:
     """Σ s_k Δ_k as one adapter, exactly: the ranks add up (Sec. 3.3: θ_ref + Δ_semi + s · Δ_on).
-    Raises ValueError if the adapters have other layers."""
-    if any(adapter.weights.keys() != terms[0][0].weights.keys() for adapter, s in terms):
+    Raises ValueError if the adapters differ in their layers."""
+    layers = terms[0][0].weights.keys()
+    if any(adapter.weights.keys() != layers for adapter, s in terms):
         raise ValueError("the adapters must have the same layers")
     weights = {}
-    for name in terms[0][0].weights:
+    for name in layers:
         A = torch.cat([adapter.weights[name][0] for adapter, s in terms])
         B = torch.cat([adapter.weights[name][1] * (s * adapter.alpha / adapter.rank)
                        for adapter, s in terms], 1)
         weights[name] = A.detach(), B.detach()
-    return Adapter(weights, alpha=float(A.shape[0]))                # α = r: the scales are in B
+    return Adapter(weights, alpha=float(sum(adapter.rank for adapter, s in terms)))     # α = r
 
 
 def choose_strength(scores: dict[float, tuple[float, float]],
                     base: tuple[float, float]) -> float | None:
     """Sec. 4.4: the largest s that improves both (reward, independent judge) over the base; None if
-    none does. Departures: then the script takes the semi-on-policy adapter alone (s = 0); and both
-    scores are of the clips of the final table."""
+    none does. Departures: then the script takes the semi-on-policy adapter alone (s = 0); s is
+    chosen on the clips that the final table judges."""
     return max((s for s, (reward, score) in scores.items()
                 if reward > base[0] and score > base[1]), default=None)
 
@@ -899,12 +902,12 @@ def write_csv(file: Path, rows: list[dict], mode: str = "w") -> None:
 def train(name: str, model: Generator, settings: Settings, lr: float, iteration: Callable,
           reward: Callable, folder: Path) -> Adapter:
     """Train an adapter, or continue from the checkpoint that every iteration ends with. A run that
-    is killed at any time and resumed ends as one that was not. Writes NAME.csv. At step 0, every
+    is killed at any time and resumed ends as one that never was. Writes NAME.csv. At step 0, every
     settings.judge_every steps and at the end it also writes the adapter to NAME/ and, from two
     clips of each judging prompt, a row of NAME-curve.csv. iteration(model, adapter, optimizer,
     rng=rng) -> a row of NAME.csv without step and seconds. Raises UserError if the rewards differed
     in no group."""
-    kind = "buffered" if name == "semi" else "explored"     # stream of random numbers
+    kind = "buffered" if name == "semi" else "explored"     # a stream of random numbers
     seed = settings.seed
     process = (RANK,) if RANK else ()                       # each process draws its own groups
     adapter = Adapter.new(model, settings.rank, settings.alpha, seeded(seed, kind, "adapter"))
@@ -953,7 +956,8 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
 def sample_batches(model: Generator, prompts: list[str], rng: torch.Generator,
                    size: int) -> Tensor:
     """sample in batches of `size` prompts (0: 96). Same rng, same noise, whatever the weights."""
-    parts = [prompts[i : i + (size or 96)] for i in range(0, len(prompts), size or 96)]
+    size = size or 96
+    parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
     return torch.cat([sample(model, part, draw_noise(model, len(part), rng)) for part in parts])
 
 
@@ -969,11 +973,11 @@ def judge_model(adapter: Adapter | None, model: Generator, reward: Callable, set
 
 
 def save_gif(clips: Tensor, file: str | Path, columns: int, scale: int = 4) -> None:
-    """Clips [N, FRAMES, 3, H, W] in [0, 1], `columns` to a row -> a looping GIF."""
+    """Clips [N, frames, 3, H, W] in [0, 1], `columns` to a row -> a looping GIF."""
     grid = F.pad(clips.cpu(), (1, 1, 1, 1), value=0.5).unflatten(0, (-1, columns))
-    grid = grid.permute(2, 0, 4, 1, 5, 3)               # [FRAMES, rows, H, columns, W, 3]
+    grid = grid.permute(2, 0, 4, 1, 5, 3)               # [frames, rows, H, columns, W, 3]
     frames = (grid.flatten(1, 2).flatten(2, 3) * 255).round().byte()
-    frames = frames.repeat_interleave(scale, 1).repeat_interleave(scale, 2)     # [FRAMES, H, W, 3]
+    frames = frames.repeat_interleave(scale, 1).repeat_interleave(scale, 2)     # [frames, H, W, 3]
     iio.imwrite(file, frames.numpy(), extension=".gif", duration=150, loop=0)
 
 
@@ -1013,7 +1017,7 @@ def write_report(folder: Path, settings: Settings, clips: dict[str, Tensor], row
         report += f"\nThe model in merged/ has a *: {rule} both reward and judge over the base.\n"
         row = next(row for row in rows if row["model"] == chosen)
         if not (row["Δ reward"] > 0 and row["Δ judge"] > 0):
-            report += "Nor does semi alone: merged/ is no better than the base. Use that, or other settings.\n"
+            report += "Nor does semi alone, so merged/ is no better than the base. Use the base.\n"
     shown = [name for name in clips if name == chosen or not name.startswith("s = ")]
     report += (f"Clips of each {settings.judge_prompts} prompt: {settings.judge_samples}, on the "
                "same noise for all models. Δ: change from the\nbase ± standard error over prompts; "
@@ -1029,8 +1033,7 @@ def write_report(folder: Path, settings: Settings, clips: dict[str, Tensor], row
         print(f"\n{report}Run folder: {folder}")
     broken = [row["model"] for row in rows if not math.isfinite(row["reward"] + row["judge"])]
     if broken:
-        raise UserError(f"scores of {', '.join(broken)} are not finite, which --resume cannot mend; "
-                        f"see {folder}/judged.csv")
+        raise UserError(f"scores of {', '.join(broken)} are not finite (--resume cannot mend that)")
 
 
 # ------------------------------------------------------------------ command line
@@ -1127,8 +1130,8 @@ def load(settings: Settings, scales: dict | None = None) -> tuple[Generator, Cal
     """The base, the reward and the buffer's reward.
 
     Departure: each reward is standardised on the base's clips before the weighted mean is taken,
-    and the default leaves out VQ, because it makes shapes grow. The clips do not depend on the
-    seed. scales: those of the run, with --resume.
+    and the default weighs TA most and leaves out VQ, which makes shapes grow. The clips do not
+    depend on the seed. scales: those of the run, with --resume.
     """
     device = choose_device(settings.device)
     rewards = load_rewards([settings.reward, settings.buffer_reward], device, settings.clip)
@@ -1288,8 +1291,7 @@ def command(body: Callable, arguments: list | None = None, **parsing) -> int:
     return 0
 
 
-def main(arguments: list | None = None) -> int:
-    return command(run, arguments)
+main = partial(command, run)
 
 
 if __name__ == "__main__":

@@ -259,7 +259,8 @@ def test_the_shipped_base_is_good_and_imperfect():
 def test_nothing_but_the_pivots_own_noise_differs(kind, flow, pivot):
     """Each branch is what plain sampling gives from the shared noise with that tensor exchanged."""
     model, noise = tiny(flow=flow), draw_noise(tiny(flow=flow), 3, seeded(0))
-    own = {name: x[:, pivot, None].expand(-1, 4, *x.shape[2:]) for name, x in noise._asdict().items()}
+    own = {name: x[:, pivot, None].expand(-1, 4, *x.shape[2:])
+           for name, x in noise._asdict().items()}
     assert torch.equal(branch_noise(noise, pivot, 0.5, 4, seeded(1))[1], own["solver"])
     base = getattr(noise, kind)
     own[kind] = neighbor_noise(base[:, pivot], 0.5, 4, seeded(1)).transpose(0, 1)
@@ -1209,7 +1210,7 @@ def test_rewards_that_are_not_finite_are_reported(tmp_path, small, monkeypatch, 
     first, last = capsys.readouterr().err.splitlines()
     assert first == (
         "on-policy: rewards or updates that were not finite were left out; see on-policy.csv")
-    assert last.startswith("arcopo: scores of base, on-policy are not finite; see ")
+    assert last.startswith("arcopo: scores of base, on-policy are not finite (")
 
 
 @pytest.mark.parametrize("error, code, says", [
