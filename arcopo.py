@@ -836,8 +836,8 @@ class Settings(Method):
     samples: int = option(1, "with --sample: how many clips, side by side")
     adapter: str = option("", "with --sample: the folder of the adapter to apply")
     out: str = option("", "run folder [runs/DATE-TIME]; with --sample the GIF [clip.gif]")
-    resume: str = option("", "continue the run in this folder; --steps, --micro, --device, --sweep "
-                         "and --judge-samples can be given anew")
+    resume: str = option("", "continue the run in this folder; --steps, --device and some others "
+                         "can be given anew")
     base: str = option("", "weights of the base generator [assets/base.safetensors]")
     timesteps: tuple = option((), "sampler times, falling from 1, as 1,0.5,0.25,0.1 [the base's]")
     seed: int = option(0, "seed of training, sampling and judging")
@@ -1092,8 +1092,9 @@ def parse(arguments: list | None = None, cls: type = Settings, only: set | None 
     except ValueError as error:
         raise UserError(flag(str(error))) from error
     if not settings.sample:
-        idle = {"samples", "adapter", *WITHOUT_EFFECT[settings.method].split()}
-        for name in named & idle:
+        for name in named & {"samples", "adapter"}:
+            raise UserError(f"{flag(name)} {given[name]}: has no effect without --sample")
+        for name in named & set(WITHOUT_EFFECT[settings.method].split()):
             raise UserError(f"{flag(name)} {given[name]}: has no effect with --method "
                             f"{settings.method}; leave it out")
     return settings
@@ -1168,6 +1169,7 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=cuda)
     processes = dist.get_world_size() if dist.is_initialized() else 1
     folder = Path(settings.out)
+    taken = UserError(f"--out {folder}: exists; name another folder, or --resume it if it is a run")
     if settings.resume:
         record = read_record(folder, type(settings))
         if record["processes"] != processes:
@@ -1176,7 +1178,9 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
         for file in folder.glob("*.checkpoint.pt"):
             done = len(torch.load(file, map_location="cpu", weights_only=True)["rows"])
             if done > settings.steps:
-                raise UserError(f"--steps {settings.steps}: the run has done {done} already")
+                raise UserError(f"--steps {settings.steps}: {done} are done; --resume it with more")
+    elif RANK == 0 and folder.exists():
+        raise taken
     else:
         record = {"program": type(settings).__name__, "processes": processes,
                   "torch": torch.__version__, "command": sys.argv, "reward_scales": None}
@@ -1186,8 +1190,7 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
         try:
             folder.mkdir(parents=True, exist_ok=bool(settings.resume))  # no other run has it
         except FileExistsError:
-            raise UserError(f"--out {folder}: exists; name another folder, or --resume it if it is "
-                            "a run") from None
+            raise taken from None
         part = folder / "settings.json.part"
         part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         os.replace(part, folder / "settings.json")

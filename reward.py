@@ -348,8 +348,8 @@ def load_function(name: str) -> Callable:
     try:
         return getattr(importlib.import_module(module), function)
     except (Exception, SystemExit) as error:
-        if not isinstance(error, (ModuleNotFoundError, AttributeError)):
-            traceback.print_exc()                   # of the module's own code
+        if getattr(error, "name", "") not in (module, function):
+            traceback.print_exc()                   # the fault is in the module's own code
         hint = "; rename your file, as reward.py is this project's" if module == "reward" else ""
         raise UserError(f"--reward {name}: cannot import it ({error!r}){hint}") from error
 

@@ -1035,7 +1035,7 @@ def test_a_run_can_be_extended(tmp_path, small, whole, capsys):
     killed(arcopo.main, ["--resume", out, "--steps", 3], arcopo, "iterate_buffered", 2)
     assert arcopo.main(["--resume", out]) == 0
     assert ending(out) == whole["recipe"]
-    assert refused(["--resume", out, "--steps", 2], "has done 3 already", capsys)
+    assert refused(["--resume", out, "--steps", 2], "3 are done; --resume it", capsys)
 
 
 def test_a_killed_run_can_be_ended_where_it_stopped(tmp_path, small):
@@ -1392,6 +1392,7 @@ def test_the_base_study_counts_errors_and_orders_by_auc(monkeypatch):
     reward = lambda clips, texts: {"ta": ta if texts[0] == TRAIN_PROMPTS[0] else others}
     found = measure.errors(tiny(), reward, tiny_settings(judge_samples=1))
     assert found["empty"] == found["wrong for judge and CLIP"] == pytest.approx(1 / 6)
+    assert found["crosses of wrong shapes"] == 0            # all are circles
     assert found["AUC, colour"] == 0.75
     assert found["visual if right"] == pytest.approx(0.7)
     assert found["AUC, shape"].isnan()

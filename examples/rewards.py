@@ -17,7 +17,7 @@ MODELS = Path(__file__).resolve().parents[1] / "models"
 
 def downloaded(file: str, source: str) -> Path:
     if not (MODELS / file).is_file():
-        raise UserError(f"--reward: {MODELS / file} is missing; it is {source}")
+        raise UserError(f"--reward: {MODELS / file} is missing; download {source}")
     return MODELS / file
 
 

@@ -67,6 +67,8 @@ def errors(model: Generator, reward: Callable, settings: Measurement) -> dict[st
     wrong = (scores["colour"] * scores["shape"] == 0) & (count > 0)
     found = {"empty": (count == 0).float().mean(),
              "wrong for judge and CLIP": (wrong & doubted).float().mean()}
+    wrong_shapes = named[(scores["shape"] == 0).cpu(), 1]
+    found["crosses of wrong shapes"] = (wrong_shapes == SHAPES.index("cross")).float().mean()
     for name in ("visual", "motion_quality"):
         found[f"{name} if right"] = scores[name][right].mean()
     for name in parts:
