@@ -595,11 +595,11 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
            buffered: bool = False) -> dict[str, Tensor]:
     """Algorithm 1, lines 7 to 9: steps of ascent on J, on the pivot chunk only.
 
-    On-policy, π_old is the policy before the first of method.updates updates. buffered: the
-    branches are the reference policy's (Sec. 3.3), which is π_old: one update, and the clip is the
-    trust region around the reference. rewards [P, G]; no adapter may be on. J is a mean over pairs,
-    so its gradient is summed over slices of method.micro rows, and averaged over processes, each
-    with its own groups. Returns scalars, on the device:
+    On-policy there are method.updates updates, and π_old is the policy before the first. buffered:
+    the branches are the reference policy's (Sec. 3.3), which is π_old: one update, and the clip is
+    the trust region around the reference. rewards [P, G]; no adapter may be on. J is a mean over
+    pairs, so its gradient is summed over slices of method.micro rows, and averaged over processes,
+    each with its own groups. Returns scalars, on the device:
 
     replay_error     mean |log π_old - log π of the rollout|, due to rounding alone if all is well
                      (in a buffer, to half precision)
@@ -1079,7 +1079,7 @@ def parse(arguments: list | None = None, cls: type = Settings, only: set | None 
     for name in given.keys() & {"base", "clip"}:
         if Path(given[name]).exists():                          # for --resume from elsewhere
             given[name] = str(Path(given[name]).resolve())
-    named = given.keys()
+    named = set(given)
     if "resume" in given:
         saved = read_record(given["resume"], cls)["settings"]
         for name in given:
@@ -1169,7 +1169,7 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=cuda)
     processes = dist.get_world_size() if dist.is_initialized() else 1
     folder = Path(settings.out)
-    taken = UserError(f"--out {folder}: exists; name another folder, or --resume it if it is a run")
+    taken = f"--out {folder}: exists; name another folder, or --resume it if it is a run"
     if settings.resume:
         record = read_record(folder, type(settings))
         if record["processes"] != processes:
@@ -1180,7 +1180,7 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
             if done > settings.steps:
                 raise UserError(f"--steps {settings.steps}: {done} are done; --resume it with more")
     elif RANK == 0 and folder.exists():
-        raise taken
+        raise UserError(taken)
     else:
         record = {"program": type(settings).__name__, "processes": processes,
                   "torch": torch.__version__, "command": sys.argv, "reward_scales": None}
@@ -1190,7 +1190,7 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
         try:
             folder.mkdir(parents=True, exist_ok=bool(settings.resume))  # no other run has it
         except FileExistsError:
-            raise taken from None
+            raise UserError(taken) from None
         part = folder / "settings.json.part"
         part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         os.replace(part, folder / "settings.json")

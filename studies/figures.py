@@ -79,19 +79,17 @@ def tradeoff():
                   if r["model"] == "semi" or r["model"].startswith("s = ")]
         scaled = [r | {"s": r["model"].partition(" x ")[2] or "1"} for r in rows
                   if r["model"].startswith("on-policy")] + [r | {"s": "0"} for r in base]
-        for models, name, line in (merged, "merged", "-"), (scaled, "on-policy, scaled", "--"):
+        for models, name, line in (scaled, "on-policy, scaled", "--"), (merged, "merged", "-"):
             points = {column: changes_by("s", models, base, column) for column in columns}
             for axes, column in zip(row, columns):
                 band(axes, points[column], name, line)
                 axes.set(title=f"Δ {TITLES[column]}", xlabel="strength s")
-            middle = {column: [mean(v) for v in points[column].values()] for column in columns}
-            row[3].plot(middle["reward"], middle["all_right"], line, marker="o", markersize=4,
-                        color=COLOURS[name])
-            if name == "merged":
-                both = dict(zip(points["judge"], zip(middle["reward"], middle["judge"])))
-                for axes in row[:3]:
-                    axes.axvline(choose_strength(both, (0, 0)), color="black", linewidth=1.5,
-                                 linestyle=":", label="s by the rule of Sec. 4.4")
+            row[3].plot(*([mean(v) for v in points[c].values()] for c in ("reward", "all_right")),
+                        line, marker="o", markersize=4, color=COLOURS[name])
+        both = {s: (mean(points["reward"][s]), mean(points["judge"][s])) for s in points["judge"]}
+        for axes in row[:3]:                            # points: of the merged models, the last
+            axes.axvline(choose_strength(both, (0, 0)), color="black", linewidth=1.5, linestyle=":",
+                         label="s by the rule of Sec. 4.4")
         row[3].set(title="Δ all right against Δ reward", xlabel="Δ reward")
         row[0].set_ylabel(label)
     figure.legend(*plots[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
