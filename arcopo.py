@@ -1185,6 +1185,8 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
         record = {"program": type(settings).__name__, "processes": processes,
                   "torch": torch.__version__, "command": sys.argv, "reward_scales": None}
     model, reward, buffer_reward = load(settings, record["reward_scales"])
+    if record.setdefault("base", model.fingerprint) != model.fingerprint:
+        raise UserError(f"--resume {folder}: the weights of --base have changed; start a new run")
     record |= {"settings": asked, "reward_scales": reward.scales}
     if RANK == 0:
         try:

@@ -1094,6 +1094,9 @@ def test_resume_takes_settings_of_the_machine_alone(tmp_path, small, capsys, mon
                   "--base base.safetensors", "--sweep 3"):
         assert refused(["--resume", out, *other.split()], other.split()[0], capsys)
     assert refused(["--resume", tmp_path], f"--resume {tmp_path}", capsys)
+    pretrain.save_generator(little(flow=True), own)
+    assert refused(["--resume", out], "the weights of --base have changed", capsys)
+    shutil.copy(small, own)
     assert content(out) == before
     monkeypatch.setattr(WeightedReward, "measure_scales", None)
     assert arcopo.main(["--resume", out, *"--micro 2 --device cpu --judge-samples 2".split()]) == 0
