@@ -110,8 +110,8 @@ class Method:
 # ------------------------------------------------------------------ generator
 
 PATCH = 8                               # px
-TIMESTEPS = (1.0, 0.1, 0.05, 0.02)      # Departure: lower than in the base's distillation, so that
-                                        # solver noise decides little, as in the paper's Fig. 6
+TIMESTEPS = (1.0, 0.1, 0.05, 0.02)      # Departure: so low that solver noise decides little, as in
+                                        # the paper's Fig. 6
 
 
 class Context(NamedTuple):

@@ -77,7 +77,7 @@ def scores(columns: str, models: dict[str, tuple[str, str]]) -> str:
     return markdown(table)
 
 
-BASES = {"base": ("recipe", "base"), "base, distilled times": ("AR-CoPO, distilled times", "base"),
+BASES = {"base": ("recipe", "base"), "base, higher times": ("AR-CoPO, higher times", "base"),
          "teacher": ("flow matching", "base"),
          "right captions": ("right captions", "base")}
 README = {"base": "base", "semi-on-policy (s = 0)": "semi", "merged, s = 0.4": "s = 0.4",
@@ -87,11 +87,11 @@ RECIPE = ("base", "semi", "s = 0.4", "s = 1", "s = 2", "on-policy x 0.4", "on-po
           "on-policy x 2")
 BASELINE = {"AR-CoPO": ("AR-CoPO", "on-policy"),
             "SDE-GRPO": ("SDE-GRPO", "sde-grpo"),
-            "AR-CoPO, distilled": ("AR-CoPO, distilled times", "on-policy"),
-            "SDE-GRPO, distilled": ("SDE-GRPO, distilled times", "sde-grpo")}
-SEMI = ("semi", "semi, 25 times the rate", "semi, 25 times the rate, ε 1e-6", "off-policy",
+            "AR-CoPO, higher times": ("AR-CoPO, higher times", "on-policy"),
+            "SDE-GRPO, higher times": ("SDE-GRPO, higher times", "sde-grpo")}
+SEMI = ("semi, 25 times the rate", "semi, 25 times the rate, ε 1e-6", "off-policy",
         "off-policy, 25 times the rate")
-TEXT_ALONE = {name: (name, "semi") for name in SEMI} | {
+TEXT_ALONE = {"semi": ("recipe", "semi")} | {name: (name, "semi") for name in SEMI} | {
     "on-policy": ("TA alone", "on-policy"),
     "on-policy, 4 times the rate": ("TA alone, 4 times the rate", "on-policy")}
 OTHERS = {name: (name, "on-policy") for name in ("flow matching", "right captions")}
