@@ -3,8 +3,9 @@
 First the CLIP, clip/. Then the teacher, teacher.safetensors: flow matching with teacher forcing.
 Then the student, base.safetensors: the teacher's ODE distilled to a few-step consistency model,
 along the student's own sampler path and half behind its own chunks (in place of Self-Forcing's DMD
-loss). Teacher and student end as a moving average of the weights. Of a share of the clips the
-caption is wrong (wrong_captions). EVIDENCE.md says how long it takes. An interrupted run resumes.
+loss). Teacher and student end as a moving average of the weights. A share of the captions is wrong
+(wrong_captions). EVIDENCE.md says how long it takes. An interrupted run resumes; the CLIP starts
+again.
 """
 
 import json
@@ -28,8 +29,8 @@ from reward import (CHUNK_FRAMES, CHUNKS, COLOURS, FRAMES, MOTIONS, SHAPES, SIZE
                     WORDINGS, UserError, attributes, make_clips, prompt_of, worded)
 from studies.common import program
 
-FLOW_TIMESTEPS = 1.0, 0.9, 0.75, 0.6, 0.4, 0.2      # the teacher's Euler steps
-TARGET_TIMESTEPS = 1.0, 0.95, 0.9, 0.83, 0.75, 0.65, 0.5, 0.35, 0.2, 0.1, 0.04  # for sharp targets
+FLOW_TIMESTEPS = 1.0, 0.9, 0.75, 0.6, 0.4, 0.2      # how the teacher samples as a base (C7)
+TARGET_TIMESTEPS = 1.0, 0.95, 0.9, 0.83, 0.75, 0.65, 0.5, 0.35, 0.2, 0.1, 0.04  # to distil
 BATCH, EMA, SAVE_EVERY = 32, 0.998, 100
 CLIP_CONFIG = {
     "model_cfg": {
@@ -118,9 +119,9 @@ def train_clip(out: Path, steps: int, seed: int) -> None:
 # ------------------------------------------------------------------ the generators
 
 def wrong_captions(captions: list[str], share: float, generator: torch.Generator) -> list[str]:
-    """What the clips show: a share of them another training prompt, which differs in the colour or
-    the shape alone. Captions scraped from the web are unreliable; it leaves alignment something to
-    correct."""
+    """The prompts that the clips show: for a share of the captions another training prompt, which
+    differs in the colour or the shape alone. Captions scraped from the web are unreliable, too;
+    so alignment has something to correct."""
     if share == 0:
         return captions             # and draw no random numbers
     every, shown = attributes(TRAIN_PROMPTS), []
@@ -178,18 +179,18 @@ def flow_matching_loss(model: Generator, wrong: float, generator: torch.Generato
 
 def distillation_loss(student: Generator, wrong: float, generator: torch.Generator,
                       teacher: Generator) -> Tensor:
-    """The student's prediction at a random step of its own sampler, against the end of the
-    teacher's ODE from the same initial noise behind the same past.
+    """The student's prediction at a step of its own sampler (the first in every second clip, else a
+    random one), against the end of the teacher's ODE from the same initial noise behind the same
+    past.
 
     The target does not depend on the solver noise: the student learns to ignore it. Half of the
-    clips are behind the student's own chunks, half behind real ones. Every second clip is trained
-    at the first step, which decides most.
+    clips are behind the student's own chunks, half behind real ones.
     """
     prompts, _, past = draw_batch(student, wrong, generator)
     noise = draw_noise(student, BATCH, generator)
     times = torch.tensor(student.timesteps, device=student.device)
     step = torch.randint(len(times), (BATCH, CHUNKS), generator=generator)
-    step[::2] = 0
+    step[::2] = 0           # decides colour and shape
     states, targets = [], []
     with torch.no_grad():
         before, teachers = student.begin(prompts), teacher.begin(prompts)
@@ -201,6 +202,7 @@ def distillation_loss(student: Generator, wrong: float, generator: torch.Generat
             past[:BATCH // 2, p] = x0[-1][:BATCH // 2]
             before = student.extend(before, past[:, p])
             teachers = teacher.extend(teachers, past[:, p])
+    torch.clear_autocast_cache()        # older versions of torch keep weights without a gradient
     x_t, target = torch.stack(states, 1), torch.stack(targets, 1)
     prediction = predict_all(student, x_t, times[step], past, prompts)
     return ((prediction - target).square().flatten(2).mean(2) + 0.03**2).sqrt().mean()
@@ -225,7 +227,7 @@ def fit(stage: str, model: Generator, loss_of: Callable, steps: int, lr: float, 
         for part, state in zip(parts, saved["states"]):
             part.load_state_dict(state)
     for step in tqdm(range(len(rows), steps), stage, initial=len(rows), total=steps, unit="step"):
-        with torch.autocast(model.device.type, torch.bfloat16):     # in half the time
+        with torch.autocast(model.device.type, torch.bfloat16):     # half the time, if fast
             loss = loss_of(model, args.wrong_captions, seeded(args.seed, stage, step))
         model.zero_grad()
         loss.backward()
