@@ -190,7 +190,7 @@ def distillation_loss(student: Generator, wrong: float, generator: torch.Generat
     noise = draw_noise(student, BATCH, generator)
     times = torch.tensor(student.timesteps, device=student.device)
     step = torch.randint(len(times), (BATCH, CHUNKS), generator=generator)
-    step[::2] = 0           # decides colour and shape
+    step[::2] = 0           # the first step decides colour and shape
     states, targets = [], []
     with torch.no_grad():
         before, teachers = student.begin(prompts), teacher.begin(prompts)
@@ -202,7 +202,7 @@ def distillation_loss(student: Generator, wrong: float, generator: torch.Generat
             past[:BATCH // 2, p] = x0[-1][:BATCH // 2]
             before = student.extend(before, past[:, p])
             teachers = teacher.extend(teachers, past[:, p])
-    torch.clear_autocast_cache()        # older versions of torch keep weights without a gradient
+    torch.clear_autocast_cache()        # older torch would reuse weights without a gradient
     x_t, target = torch.stack(states, 1), torch.stack(targets, 1)
     prediction = predict_all(student, x_t, times[step], past, prompts)
     return ((prediction - target).square().flatten(2).mean(2) + 0.03**2).sqrt().mean()
@@ -227,7 +227,8 @@ def fit(stage: str, model: Generator, loss_of: Callable, steps: int, lr: float, 
         for part, state in zip(parts, saved["states"]):
             part.load_state_dict(state)
     for step in tqdm(range(len(rows), steps), stage, initial=len(rows), total=steps, unit="step"):
-        with torch.autocast(model.device.type, torch.bfloat16):     # half the time, if fast
+        # In bfloat16: half the time, on a CPU that has instructions for it.
+        with torch.autocast(model.device.type, torch.bfloat16):
             loss = loss_of(model, args.wrong_captions, seeded(args.seed, stage, step))
         model.zero_grad()
         loss.backward()
