@@ -43,7 +43,6 @@ import os
 import re
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -238,8 +237,6 @@ class Generator(nn.Module):
         condition (time and prompt) [N, W], and the kv of the context with x added."""
         N, side = len(x), SIZE // PATCH
         p = context.kv[0][0].shape[2] // self.tokens                    # which chunk x is
-        if p >= len(self.position):
-            raise ValueError(f"chunk {p + 1}: this model has positions for {len(self.position)}")
         t = t if isinstance(t, Tensor) else x.new_full((N,), t, dtype=torch.float32)
         frequency = torch.exp(-math.log(1e4) / 128 * torch.arange(128, device=x.device))
         angle = 1000 * t[:, None] * frequency
@@ -479,7 +476,7 @@ class Adapter:
     def on(self, model: nn.Module):
         """Inside, the model is the adapted one. Hooks add the low-rank terms to the outputs; if the
         block is entered under torch.no_grad, float32 layers get merged weights, which is faster.
-        The model is restored on exit. Several adapters add up; one that is on already raises
+        The model is restored on exit. Several adapters add up; one that is already on raises
         RuntimeError."""
         if self.applied:
             raise RuntimeError("the adapter is on already; update and iterate put it on themselves")
@@ -489,10 +486,9 @@ class Adapter:
             dynamo.config.skip_nnmodule_hook_guards = False
             dynamo.reset()              # else torch.compile would use code traced without the hooks
 
-        def add(A: Tensor, B: Tensor, layer: nn.Module, x: tuple, given: dict, y: Tensor) -> Tensor:
-            x = x[0] if x else given["input"]
+        def add(A: Tensor, B: Tensor, layer: nn.Module, inputs: tuple, y: Tensor) -> Tensor:
             with torch.autocast(y.device.type, enabled=False):          # in float32
-                return y + F.linear(F.linear(x.float(), A) * scale, B).to(y.dtype)
+                return y + F.linear(F.linear(inputs[0].float(), A) * scale, B).to(y.dtype)
 
         with ExitStack() as undo:
             undo.callback(setattr, self, "applied", False)
@@ -502,8 +498,7 @@ class Adapter:
                 parameters = layer._parameters
                 weight = parameters.get("weight")                       # None: parametrized
                 if torch.is_grad_enabled() or weight is None or weight.dtype != A.dtype:
-                    hook = layer.register_forward_hook(partial(add, A, B), with_kwargs=True)
-                    undo.enter_context(hook)
+                    undo.enter_context(layer.register_forward_hook(partial(add, A, B)))
                 else:
                     undo.callback(parameters.update, weight=weight)
                     with torch.autocast(weight.device.type, enabled=False):
@@ -561,14 +556,14 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict]:
 
 # ------------------------------------------------------------------ replay and update
 
-def replay(model: Generator, branches: Fork, step: Tensor, anchor: Tensor) -> Tensor:
+def replay(model: Generator, branches: Fork, steps: Tensor, anchors: Tensor) -> Tensor:
     """Eq. 4: predict again for K pairs of a step and an anchor, two tensors of indices [K], as one
     batch -> x^(θ) [P, K, *chunk_shape]. The only forward pass that is differentiated."""
-    x_t = branches.states[:, step, anchor]
+    x_t = branches.states[:, steps, anchors]
     P, K = x_t.shape[:2]
     x_t = x_t.flatten(0, 1)
     times = torch.stack([x_t.new_full((), t) for t in (*model.timesteps, 0.0)])     # no transfer
-    t, t_next = times[step].repeat(P), times[step + 1].repeat(P)
+    t, t_next = times[steps].repeat(P), times[steps + 1].repeat(P)
     x0 = model.predict(x_t, t, branches.context.repeat(K)).float()
     column = lambda z: z.view(-1, *[1] * (x_t.ndim - 1))
     return candidate(model, x_t, x0, column(t), column(t_next)).unflatten(0, (P, K))
@@ -612,46 +607,41 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
     T, G = len(model.timesteps), rewards.shape[1]
     pairs = draw_pairs(T, G, method.anchors, rng).to(model.device)
     size = max(1, method.micro // len(rewards)) if method.micro else len(pairs)
-    slices = [part.unbind(1) for part in pairs.split(size)]     # the steps [k], the anchors [k]
-    advantages = group_advantages(rewards, method.quasi_norm, method.floor)     # line 7, [P, G]
+    slices = [part.unbind(1) for part in pairs.split(size)]     # each: steps [k], anchors [k]
     usable = rewards.isfinite()[:, pairs[:, 1], None]           # [P, K, 1]: anchors with a reward
-    advantages = advantages[:, None] * usable                   # [P, K, G]
+    advantages = group_advantages(rewards, method.quasi_norm, method.floor)     # line 7, [P, G]
+    pair_advantages = advantages[:, None] * usable              # [P, K, G]
 
-    def log_policy(step: Tensor, x: Tensor) -> Tensor:
+    def log_policy(steps: Tensor, x: Tensor) -> Tensor:
         """Line 8: log π_θ(i | s_t) [P, k, G] from predictions x [P, k, *chunk_shape] of k pairs."""
-        candidates = branches.candidates[:, step].flatten(3)            # [P, k, G, D]
+        candidates = branches.candidates[:, steps].flatten(3)           # [P, k, G, D]
         return surrogate_log_policy(candidates, x.flatten(2), method.tau)
 
     # Departure: π_old comes from a replay, because the rollout may round differently. It is not
     # under no_grad, so that the model computes as below, and the first ratio is exactly 1.
     with nullcontext() if buffered else adapter.on(model):
-        log_olds = [log_policy(step, replay(model, branches, step, anchor)).detach()
-                    for step, anchor in slices]
-    log_rollouts = [log_policy(step, branches.candidates[:, step, anchor])
-                    for step, anchor in slices]
+        log_olds = [log_policy(steps, replay(model, branches, steps, anchors)).detach()
+                    for steps, anchors in slices]
+    log_rollouts = [log_policy(steps, branches.candidates[:, steps, anchors])
+                    for steps, anchors in slices]
     errors = torch.cat(log_olds, 1) - torch.cat(log_rollouts, 1)
     norms, ratios = [], []
     for _ in range(1 if buffered else method.updates):
         optimizer.zero_grad()
         log_ratios = []
         with adapter.on(model):     # backward too: activation checkpointing runs the model again
-            parts = zip(slices, log_olds, advantages.split(size, 1))
-            for (step, anchor), log_old, advantage in parts:
-                log_ratio = log_policy(step, replay(model, branches, step, anchor)) - log_old
+            parts = zip(slices, log_olds, pair_advantages.split(size, 1))
+            for (steps, anchors), log_old, advantage in parts:
+                log_ratio = log_policy(steps, replay(model, branches, steps, anchors)) - log_old
                 J = clipped_objective(log_ratio, advantage, method.clip_range)
-                (-J * len(step) / len(pairs)).backward()                                   # line 9
+                (-J * len(steps) / len(pairs)).backward()                                  # line 9
                 log_ratios.append(log_ratio.detach())
-        if any(p.grad is None for p in adapter.parameters()):
-            layers = getattr(adapter, "weights", {})
-            unused = [name for name, (A, B) in layers.items() if B.grad is None]
-            warnings.warn(f"no gradient reaches some layers {unused or ''}: are they used without "
-                          "a call? Leave them out of the adapter's targets", stacklevel=2)
         gradients = [average_(p.grad) for p in adapter.parameters() if p.grad is not None]
         norms.append(nn.utils.get_total_norm(gradients))
         ratios.append(torch.cat(log_ratios, 1).exp())
         if torch.isfinite(norms[-1]):
             optimizer.step()
-    clipped = (ratios[-1] - 1) * advantages.sign() > method.clip_range
+    clipped = (ratios[-1] - 1) * pair_advantages.sign() > method.clip_range
     norms = torch.stack(norms)
     return {"replay_error": (errors.abs() * usable).mean(),
             "ratio_first": ratios[0].mean(), "clip_fraction": clipped.float().mean(),
@@ -663,13 +653,11 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
 def score_branches(branches: Fork, clips: Tensor, reward: Callable) -> dict[str, Tensor]:
     """The scores [P, G] of the branches' clips [P, G, ...]. Departure: a branch that is not finite
     is scored NaN, so that its advantage and its terms as an anchor are 0; the Fork's tensors are
-    made finite, in place. Raises TypeError if the reward returns no dict with a tensor "reward"."""
+    made finite, in place."""
     P, G = clips.shape[:2]
     finite = branches.candidates.isfinite().flatten(3).all(3).all(1)
     finite &= clips.isfinite().flatten(2).all(2).to(finite.device)
     scores = reward(clips.flatten(0, 1), [p for p in branches.prompts for _ in range(G)])
-    if not isinstance(scores, dict) or not isinstance(scores.get("reward"), Tensor):
-        raise TypeError(f"the reward returned {type(scores).__name__}; expected {{'reward': [N]}}")
     branches.states.nan_to_num_(0, 0, 0)
     branches.candidates.nan_to_num_(0, 0, 0)
     return {name: x.view(P, G).to(finite.device).where(finite, math.nan)
@@ -687,7 +675,7 @@ def explore(model: Generator, method: Method, prompts: list[str], reward: Callab
     """
     P = method.prompts
     if P > len(prompts):
-        raise ValueError(f"prompts {P}: must be at most {len(prompts)}, the prompts that there are")
+        raise ValueError(f"prompts {P}: must be at most {len(prompts)}, as many as are given")
     chosen = [prompts[i] for i in torch.randperm(len(prompts), generator=rng)[:P]]
     pivot = int(torch.randint(model.chunks, (), generator=rng))                     # line 1
     noise = draw_noise(model, P, rng)
@@ -723,7 +711,7 @@ def draw_from(buffer: list[dict], model: Generator, P: int,
 
     Departures: all have the pivot of the first one drawn, so there may be fewer than P; tensors
     were stored in half precision; h_{p-1} is not stored but recomputed from the prefix; ε_p* is not
-    stored, because nothing needs it.
+    stored, as it is not needed.
     """
     shuffled = [buffer[i] for i in torch.randperm(len(buffer), generator=rng)]
     pivot = len(shuffled[0]["prefix"])
@@ -759,7 +747,7 @@ def reward_metrics(scores: dict[str, Tensor], floor: float) -> dict[str, Tensor]
 def average_rows(rows: list[dict[str, Tensor]]) -> dict[str, float]:
     """The mean of rows of metrics, also over processes."""
     table = torch.stack([torch.stack(list(row.values())) for row in rows])      # [rows, metrics]
-    return dict(zip(rows[0], average_(table.mean(0)).tolist()))
+    return dict(zip(rows[0], average_(table.nanmean(0)).tolist()))
 
 
 def iterate(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer, method: Method,
@@ -895,22 +883,22 @@ def write_csv(file: Path, rows: list[dict], mode: str = "w") -> None:
             writer = csv.DictWriter(f, rows[0] if rows else [], lineterminator="\n")
             if rows and f.tell() == 0:
                 writer.writeheader()
-            for row in rows:                            # what is undefined (NaN) stays empty
+            for row in rows:                            # NaN is left blank
                 writer.writerow({name: "" if x != x else x for name, x in row.items()})
 
 
 def train(name: str, model: Generator, settings: Settings, lr: float, iteration: Callable,
           reward: Callable, folder: Path) -> Adapter:
     """Train an adapter, or continue from the checkpoint that every iteration ends with. A run that
-    is killed at any time and resumed ends as one that never was. Writes NAME.csv. At step 0, every
+    is killed at any time and resumed ends as if it had not been. Writes NAME.csv. At step 0, every
     settings.judge_every steps and at the end it also writes the adapter to NAME/ and, from two
     clips of each judging prompt, a row of NAME-curve.csv. iteration(model, adapter, optimizer,
     rng=rng) -> a row of NAME.csv without step and seconds. Raises UserError if the rewards differed
     in no group."""
-    kind = "buffered" if name == "semi" else "explored"     # a stream of random numbers
+    stream = "buffered" if name == "semi" else "explored"   # of random numbers
     seed = settings.seed
     process = (RANK,) if RANK else ()                       # each process draws its own groups
-    adapter = Adapter.new(model, settings.rank, settings.alpha, seeded(seed, kind, "adapter"))
+    adapter = Adapter.new(model, settings.rank, settings.alpha, seeded(seed, stream, "adapter"))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr, weight_decay=0, fused=True)
     checkpoint = folder / f"{name}.checkpoint.pt"
     rows, curve = [], []
@@ -927,7 +915,7 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
     with progress(total=settings.steps, initial=len(rows), desc=name, unit="it") as bar:
         for step in range(len(rows), settings.steps + 1):
             if step > len(rows):                    # not step 0, nor what the checkpoint has
-                began, rng = time.perf_counter(), seeded(seed, kind, step, *process)
+                began, rng = time.perf_counter(), seeded(seed, stream, step, *process)
                 row = iteration(model, adapter, optimizer, rng=rng)
                 rows.append({"step": step} | row | {"seconds": time.perf_counter() - began})
                 write_csv(folder / f"{name}.csv", rows[-1:], "a")
@@ -942,7 +930,7 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
                         "rows": rows, "curve": curve}, checkpoint)
             bar.set_postfix({what: f"{of[-1]['reward']:+.2f}" for what, of in
                              (("reward", rows), ("judged reward", curve)) if of})
-    if not any(row["deviation"] > 0 for row in rows):
+    if all(row["deviation"] == 0 for row in rows):
         raise UserError(f"{name} learned nothing: in no group did the rewards differ; start a new "
                         "run with another reward, as --resume cannot change it")
     if any(row["not_finite"] + row["skipped"] > 0 for row in rows) and RANK == 0:
@@ -1017,7 +1005,7 @@ def write_report(folder: Path, settings: Settings, clips: dict[str, Tensor], row
         report += f"\nThe model in merged/ has a *: {rule} both reward and judge over the base.\n"
         row = next(row for row in rows if row["model"] == chosen)
         if not (row["Δ reward"] > 0 and row["Δ judge"] > 0):
-            report += "Nor does semi alone, so merged/ is no better than the base. Use the base.\n"
+            report += "Semi alone does not either. Use the base: merged/ is no better.\n"
     shown = [name for name in clips if name == chosen or not name.startswith("s = ")]
     report += (f"Clips of each {settings.judge_prompts} prompt: {settings.judge_samples}, on the "
                "same noise for all models. Δ: change from the\nbase ± standard error over prompts; "
@@ -1076,9 +1064,6 @@ def parse(arguments: list | None = None, cls: type = Settings, only: set | None 
     for name, value in given.items():
         if value == "":
             raise UserError(f"{flag(name)}: is empty; give a value or leave it out")
-    for name in given.keys() & {"base", "clip"}:
-        if Path(given[name]).exists():                          # for --resume from elsewhere
-            given[name] = str(Path(given[name]).resolve())
     named = set(given)
     if "resume" in given:
         saved = read_record(given["resume"], cls)["settings"]
@@ -1169,7 +1154,6 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=cuda)
     processes = dist.get_world_size() if dist.is_initialized() else 1
     folder = Path(settings.out)
-    taken = f"--out {folder}: exists; name another folder, or --resume it if it is a run"
     if settings.resume:
         record = read_record(folder, type(settings))
         if record["processes"] != processes:
@@ -1178,9 +1162,9 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
         for file in folder.glob("*.checkpoint.pt"):
             done = len(torch.load(file, map_location="cpu", weights_only=True)["rows"])
             if done > settings.steps:
-                raise UserError(f"--steps {settings.steps}: {done} are done; --resume it with more")
+                raise UserError(f"--steps {settings.steps}: {done} are done already; ask for more")
     elif RANK == 0 and folder.exists():
-        raise UserError(taken)
+        raise UserError(f"--out {folder}: exists; name another folder, or --resume it if a run")
     else:
         record = {"program": type(settings).__name__, "processes": processes,
                   "torch": torch.__version__, "command": sys.argv, "reward_scales": None}
@@ -1189,10 +1173,7 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
         raise UserError(f"--resume {folder}: the weights of --base have changed; start a new run")
     record |= {"settings": asked, "reward_scales": reward.scales}
     if RANK == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=bool(settings.resume))  # no other run has it
-        except FileExistsError:
-            raise UserError(taken) from None
+        folder.mkdir(parents=True, exist_ok=bool(settings.resume))      # no other run has it
         part = folder / "settings.json.part"
         part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         os.replace(part, folder / "settings.json")
@@ -1265,7 +1246,7 @@ def exit_code(error: BaseException, folder: str = "") -> int:
     message, code = str(error), 2
     if isinstance(error, KeyboardInterrupt):
         message, code = "interrupted", 130
-    elif re.search("out of memory|MemoryError|allocate|alloc_failed", repr(error), re.IGNORECASE):
+    elif re.search("out of memory|MemoryError|allocate memory|alloc_failed", repr(error), re.I):
         message = f"out of memory ({message}); set a small --micro, also when you resume"
     elif not isinstance(error, (UserError, OSError)):
         raise error
@@ -1289,10 +1270,6 @@ def command(body: Callable, arguments: list | None = None, **parsing) -> int:
             body(replace(settings, out=folder))
     except (Exception, KeyboardInterrupt) as error:
         return exit_code(error, folder)
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:             # as by | head; all files are written
-        sys.stdout = open(os.devnull, "w")
     return 0
 
 
