@@ -824,8 +824,8 @@ class Settings(Method):
     samples: int = option(1, "with --sample: how many clips, side by side")
     adapter: str = option("", "with --sample: the folder of the adapter to apply")
     out: str = option("", "run folder [runs/DATE-TIME]; with --sample the GIF [clip.gif]")
-    resume: str = option("", "continue the run in this folder; --steps, --device and some others "
-                         "can be given anew")
+    resume: str = option("", "continue the run in this folder; --steps, --sweep, --judge-samples, "
+                         "--micro and --device can be given anew")
     base: str = option("", "weights of the base generator [assets/base.safetensors]")
     timesteps: tuple = option((), "sampler times, falling from 1, as 1,0.5,0.25,0.1 [the base's]")
     seed: int = option(0, "seed of training, sampling and judging")
@@ -1010,7 +1010,7 @@ def write_report(folder: Path, settings: Settings, clips: dict[str, Tensor], row
     report += (f"Clips of each {settings.judge_prompts} prompt: {settings.judge_samples}, on the "
                "same noise for all models. Δ: change from the\nbase ± standard error over prompts; "
                "mended, spoiled: of the base's wrong, right clips; area in px².\njudged.csv has "
-               f"all scores; models.gif shows, from top: {', '.join(shown)}.\n"
+               f"all scores; models.gif: every third prompt; from top: {', '.join(shown)}.\n"
                f"{seconds / 60:.1f} minutes on {settings.device}"
                f"{' since --resume' if settings.resume else ''}.\n")
     write_csv(folder / "judged.csv", rows)
@@ -1162,7 +1162,7 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
         for file in folder.glob("*.checkpoint.pt"):
             done = len(torch.load(file, map_location="cpu", weights_only=True)["rows"])
             if done > settings.steps:
-                raise UserError(f"--steps {settings.steps}: {done} are done already; ask for more")
+                raise UserError(f"--steps {settings.steps}: {done} are done; --resume it with more")
     elif RANK == 0 and folder.exists():
         raise UserError(f"--out {folder}: exists; name another folder, or --resume it if a run")
     else:

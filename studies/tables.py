@@ -80,7 +80,7 @@ def scores(columns: str, models: dict[str, tuple[str, str]]) -> str:
 BASES = {"base": ("recipe", "base"), "base, higher times": ("AR-CoPO, higher times", "base"),
          "teacher": ("flow matching", "base"),
          "right captions": ("right captions", "base")}
-README = {"base": "base", "semi-on-policy (s = 0)": "semi", "merged, s = 0.4": "s = 0.4",
+README = {"base": "base", "semi": "semi", "merged, s = 0.4": "s = 0.4",
           "merged, s = 0.8": "s = 0.8", "merged, s = 1": "s = 1", "on-policy": "on-policy",
           "on-policy x 0.8": "on-policy x 0.8"}
 RECIPE = ("base", "semi", "s = 0.4", "s = 1", "s = 2", "on-policy x 0.4", "on-policy",
