@@ -43,6 +43,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -237,6 +238,8 @@ class Generator(nn.Module):
         condition (time and prompt) [N, W], and the kv of the context with x added."""
         N, side = len(x), SIZE // PATCH
         p = context.kv[0][0].shape[2] // self.tokens                    # which chunk x is
+        if p >= len(self.position):
+            raise ValueError(f"chunk {p + 1}: this model has positions for {len(self.position)}")
         t = t if isinstance(t, Tensor) else x.new_full((N,), t, dtype=torch.float32)
         frequency = torch.exp(-math.log(1e4) / 128 * torch.arange(128, device=x.device))
         angle = 1000 * t[:, None] * frequency
@@ -486,9 +489,10 @@ class Adapter:
             dynamo.config.skip_nnmodule_hook_guards = False
             dynamo.reset()              # else torch.compile would use code traced without the hooks
 
-        def add(A: Tensor, B: Tensor, layer: nn.Module, inputs: tuple, y: Tensor) -> Tensor:
+        def add(A: Tensor, B: Tensor, layer: nn.Module, x: tuple, given: dict, y: Tensor) -> Tensor:
+            x = x[0] if x else given["input"]
             with torch.autocast(y.device.type, enabled=False):          # in float32
-                return y + F.linear(F.linear(inputs[0].float(), A) * scale, B).to(y.dtype)
+                return y + F.linear(F.linear(x.float(), A) * scale, B).to(y.dtype)
 
         with ExitStack() as undo:
             undo.callback(setattr, self, "applied", False)
@@ -498,7 +502,8 @@ class Adapter:
                 parameters = layer._parameters
                 weight = parameters.get("weight")                       # None: parametrized
                 if torch.is_grad_enabled() or weight is None or weight.dtype != A.dtype:
-                    undo.enter_context(layer.register_forward_hook(partial(add, A, B)))
+                    hook = layer.register_forward_hook(partial(add, A, B), with_kwargs=True)
+                    undo.enter_context(hook)
                 else:
                     undo.callback(parameters.update, weight=weight)
                     with torch.autocast(weight.device.type, enabled=False):
@@ -636,6 +641,11 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
                 J = clipped_objective(log_ratio, advantage, method.clip_range)
                 (-J * len(steps) / len(pairs)).backward()                                  # line 9
                 log_ratios.append(log_ratio.detach())
+        if any(p.grad is None for p in adapter.parameters()):
+            layers = getattr(adapter, "weights", {})
+            unused = [name for name, (A, B) in layers.items() if B.grad is None]
+            warnings.warn(f"no gradient reaches some layers {unused or ''}: are they used without "
+                          "a call? Leave them out of the adapter's targets", stacklevel=2)
         gradients = [average_(p.grad) for p in adapter.parameters() if p.grad is not None]
         norms.append(nn.utils.get_total_norm(gradients))
         ratios.append(torch.cat(log_ratios, 1).exp())
@@ -653,11 +663,13 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
 def score_branches(branches: Fork, clips: Tensor, reward: Callable) -> dict[str, Tensor]:
     """The scores [P, G] of the branches' clips [P, G, ...]. Departure: a branch that is not finite
     is scored NaN, so that its advantage and its terms as an anchor are 0; the Fork's tensors are
-    made finite, in place."""
+    made finite, in place. Raises TypeError if the reward returns no dict with a tensor "reward"."""
     P, G = clips.shape[:2]
     finite = branches.candidates.isfinite().flatten(3).all(3).all(1)
     finite &= clips.isfinite().flatten(2).all(2).to(finite.device)
     scores = reward(clips.flatten(0, 1), [p for p in branches.prompts for _ in range(G)])
+    if not isinstance(scores, dict) or not isinstance(scores.get("reward"), Tensor):
+        raise TypeError(f"the reward returned {type(scores).__name__}; expected {{'reward': [N]}}")
     branches.states.nan_to_num_(0, 0, 0)
     branches.candidates.nan_to_num_(0, 0, 0)
     return {name: x.view(P, G).to(finite.device).where(finite, math.nan)
@@ -1064,6 +1076,9 @@ def parse(arguments: list | None = None, cls: type = Settings, only: set | None 
     for name, value in given.items():
         if value == "":
             raise UserError(f"{flag(name)}: is empty; give a value or leave it out")
+    for name in given.keys() & {"base", "clip"}:
+        if Path(given[name]).exists():                          # for --resume from elsewhere
+            given[name] = str(Path(given[name]).resolve())
     named = set(given)
     if "resume" in given:
         saved = read_record(given["resume"], cls)["settings"]
@@ -1270,6 +1285,10 @@ def command(body: Callable, arguments: list | None = None, **parsing) -> int:
             body(replace(settings, out=folder))
     except (Exception, KeyboardInterrupt) as error:
         return exit_code(error, folder)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:             # as by | head; all files are written
+        sys.stdout = open(os.devnull, "w")
     return 0
 
 

@@ -288,6 +288,9 @@ def test_explore_forks_random_prompts_and_pivots_by_neighbours_of_the_initial_no
     assert places == {0, 1, 2, 3, *PROMPTS}
     with pytest.raises(ValueError, match="prompts 4: must be at most 3"):
         explore(model, tiny_method(prompts=4), PROMPTS, brightness, seeded(0))
+    for returned, says in ((None, "NoneType"), ({"reward": 1}, "dict")):
+        with pytest.raises(TypeError, match=f"the reward returned {says}; expected"):
+            explore(model, tiny_method(), PROMPTS, lambda *a, x=returned: x, seeded(0))
 
 
 @pytest.mark.parametrize("flow", [False, True])
@@ -484,7 +487,7 @@ def test_hooks_and_merged_weights_are_the_same_adapter_and_undone_exactly():
     a, b = (nonzero(Adapter.new(model, 4, 8.0, seeded(i)), i) for i in (1, 2))
     x, context = torch.randn(3, *model.chunk_shape, generator=seeded(0)), model.begin(PROMPTS)
     predict = lambda model=model: model.predict(x, 0.5, context).detach()
-    by_hand = [predict(changed)]
+    by_hand, features = [predict(changed)], torch.randn(2, model.width)
     for adapter in (a, b):
         for name, (A, B) in adapter.weights.items():
             changed.get_submodule(name).weight.data += (8.0 / 4) * (B @ A).detach()
@@ -499,6 +502,7 @@ def test_hooks_and_merged_weights_are_the_same_adapter_and_undone_exactly():
                 assert torch.allclose(predict(), by_hand[2], atol=1e-5)
             with pytest.raises(RuntimeError, match="on already"):
                 iterated(model, a)
+            assert torch.equal(model.head(input=features), model.head(features))
             assert torch.equal(predict(), one) and torch.allclose(one, by_hand[1], atol=1e-5)
             raise KeyError
         assert torch.equal(predict(), by_hand[0])
@@ -717,7 +721,7 @@ def test_an_adapter_of_another_base_or_other_times_is_refused(tmp_path):
             Adapter.load(place, loading)
 
 
-def test_lora_goes_on_the_layers_named_and_one_that_is_never_called_stays_as_it_is():
+def test_lora_goes_on_the_layers_named_and_one_that_is_never_called_is_told():
     model = tiny()
     linear = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     assert set(Adapter.new(model, 2, 2.0).weights) == linear            # not the convolutions
@@ -726,9 +730,8 @@ def test_lora_goes_on_the_layers_named_and_one_that_is_never_called_stays_as_it_
     with pytest.raises(ValueError, match="no nn.Linear"):
         Adapter.new(model, 2, 2.0, targets="smooth.*")
     model.unused = nn.Linear(2, 2).requires_grad_(False)
-    adapter = new_adapter(model)
-    iterated(model, adapter)
-    assert not adapter.weights["unused"][1].any() and adapter.weights["head"][1].any()
+    with pytest.warns(UserWarning, match="layers .'unused'.: are they used without a call"):
+        iterated(model, new_adapter(model))
 
 
 def test_merged_adapters_equal_both_applied_also_from_the_file_and_in_peft(tmp_path):
@@ -1079,14 +1082,16 @@ def refused(line: list, says: str, capsys) -> bool:
 
 
 def test_resume_takes_settings_of_the_machine_alone(tmp_path, small, capsys, monkeypatch):
-    """The run died in its second iteration, and keeps its reward's scales."""
-    out, own = tmp_path / "run", shutil.copy(small, tmp_path)
-    line = [*ON, "--base", own, "--out", out]
+    """In another folder. The run died in its second iteration, and keeps its reward's scales."""
+    out, own = tmp_path / "run", Path(shutil.copy(small, tmp_path))
+    monkeypatch.chdir(tmp_path)
+    line = [*ON, "--base", own.name, "--out", out]
     killed(arcopo.main, [*line, "--steps", 2], arcopo, "iterate", 2)
     before = content(out)
     assert refused(line, f"--out {out}", capsys)
-    for other in ("--lr 0.1", "--group 4", "--reward ta=1", "--method semi", f"--base {small}",
-                  "--sweep 3"):
+    monkeypatch.chdir(small.parent)
+    for other in ("--lr 0.1", "--group 4", "--reward ta=1", "--method semi",
+                  "--base base.safetensors", "--sweep 3"):
         assert refused(["--resume", out, *other.split()], other.split()[0], capsys)
     assert refused(["--resume", tmp_path], f"--resume {tmp_path}", capsys)
     pretrain.save_generator(little(flow=True), own)
@@ -1227,6 +1232,17 @@ def test_no_memory_and_ctrl_c_are_one_line(error, code, says, tmp_path, small, m
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("arcopo: ") and says in line
     assert line.endswith(f"; continue with --resume {out}")
+
+
+def test_a_stdout_that_was_closed_is_no_error(tmp_path, base, monkeypatch, capsys):
+    """As by `| head`: what is left is flushed when Python ends."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(sys, "stdout", open(writing, "w"))
+    line = ["--sample", PROMPTS[0], "--base", base, "--device", "cpu", "--out", tmp_path / "c.gif"]
+    assert arcopo.main(line) == 0
+    sys.stdout.flush()
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line, says", [
