@@ -53,8 +53,8 @@ RUNS = [
     Run("C7", "right captions", f"{ON} 60 --base assets/right-captions.safetensors"),
     Run("C8", "cost", f"{MEASURE} cost"),
     *(Run("settings", change, f"{ON} 60 {change}".strip(), (0, 1, 2)) for change in (
-        "", "--sigma 0.25", "--sigma 1", "--anchors 1", "--updates 1", "--lr 2e-4",
-        "--reward ta=1,vq=1,mq=1")),
+        "", "--sigma 0.25", "--sigma 1", "--group 6", "--group 24", "--anchors 1", "--anchors 12",
+        "--updates 1", "--clip-range 1e-3", "--lr 2e-4", "--reward ta=1,vq=1,mq=1")),
 ]
 
 
