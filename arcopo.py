@@ -757,7 +757,7 @@ def reward_metrics(scores: dict[str, Tensor], floor: float) -> dict[str, Tensor]
 
 
 def average_rows(rows: list[dict[str, Tensor]]) -> dict[str, float]:
-    """The mean of rows of metrics, also over processes."""
+    """The mean of rows of metrics, leaving out NaN, and then over processes."""
     table = torch.stack([torch.stack(list(row.values())) for row in rows])      # [rows, metrics]
     return dict(zip(rows[0], average_(table.nanmean(0)).tolist()))
 
@@ -942,7 +942,7 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
                         "rows": rows, "curve": curve}, checkpoint)
             bar.set_postfix({what: f"{of[-1]['reward']:+.2f}" for what, of in
                              (("reward", rows), ("judged reward", curve)) if of})
-    if all(row["deviation"] == 0 for row in rows):
+    if not any(row["deviation"] > 0 for row in rows):
         raise UserError(f"{name} learned nothing: in no group did the rewards differ; start a new "
                         "run with another reward, as --resume cannot change it")
     if any(row["not_finite"] + row["skipped"] > 0 for row in rows) and RANK == 0:
@@ -1169,6 +1169,7 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=cuda)
     processes = dist.get_world_size() if dist.is_initialized() else 1
     folder = Path(settings.out)
+    taken = f"--out {folder}: exists; name another folder, or --resume it if it is a run"
     if settings.resume:
         record = read_record(folder, type(settings))
         if record["processes"] != processes:
@@ -1179,7 +1180,7 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
             if done > settings.steps:
                 raise UserError(f"--steps {settings.steps}: {done} are done; --resume it with more")
     elif RANK == 0 and folder.exists():
-        raise UserError(f"--out {folder}: exists; name another folder, or --resume it if a run")
+        raise UserError(taken)
     else:
         record = {"program": type(settings).__name__, "processes": processes,
                   "torch": torch.__version__, "command": sys.argv, "reward_scales": None}
@@ -1188,7 +1189,10 @@ def start(settings: Settings) -> tuple[Path, Generator, Callable, Callable]:
         raise UserError(f"--resume {folder}: the weights of --base have changed; start a new run")
     record |= {"settings": asked, "reward_scales": reward.scales}
     if RANK == 0:
-        folder.mkdir(parents=True, exist_ok=bool(settings.resume))      # no other run has it
+        try:
+            folder.mkdir(parents=True, exist_ok=bool(settings.resume))  # no other run has it
+        except FileExistsError:
+            raise UserError(taken) from None
         part = folder / "settings.json.part"
         part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         os.replace(part, folder / "settings.json")
@@ -1261,7 +1265,7 @@ def exit_code(error: BaseException, folder: str = "") -> int:
     message, code = str(error), 2
     if isinstance(error, KeyboardInterrupt):
         message, code = "interrupted", 130
-    elif re.search("out of memory|MemoryError|allocate memory|alloc_failed", repr(error), re.I):
+    elif re.search("(out of|enough|allocate) memory|MemoryError|alloc_failed", repr(error), re.I):
         message = f"out of memory ({message}); set a small --micro, also when you resume"
     elif not isinstance(error, (UserError, OSError)):
         raise error

@@ -1035,7 +1035,7 @@ def test_a_run_can_be_extended(tmp_path, small, whole, capsys):
     killed(arcopo.main, ["--resume", out, "--steps", 3], arcopo, "iterate_buffered", 2)
     assert arcopo.main(["--resume", out]) == 0
     assert ending(out) == whole["recipe"]
-    assert refused(["--resume", out, "--steps", 2], "3 are done; --resume", capsys)
+    assert refused(["--resume", out, "--steps", 2], "3 are done; --resume it", capsys)
 
 
 def test_a_killed_run_can_be_ended_where_it_stopped(tmp_path, small):
@@ -1193,11 +1193,12 @@ def test_the_report_says_if_the_choice_is_worse_than_the_base(change, tmp_path, 
     assert max(map(len, report.splitlines())) <= 100 and "Δ judge" in report
 
 
-def test_rewards_that_never_vary_are_told(tmp_path, small, monkeypatch, capsys):
+@pytest.mark.parametrize("value", [0.1, math.nan])
+def test_rewards_that_never_vary_are_told(value, tmp_path, small, monkeypatch, capsys):
     """Twelve times 0.1 has a mean that is not exact."""
     plain = WeightedReward.__call__
     monkeypatch.setattr(WeightedReward, "__call__", lambda *a: {
-        name: torch.full_like(x, 0.1) for name, x in plain(*a).items()})
+        name: torch.full_like(x, value) for name, x in plain(*a).items()})
     line = [*ON, "--group", 12, "--steps", 1, "--base", small, "--out", tmp_path / "run"]
     assert refused(line, "on-policy learned nothing", capsys)
     assert read(tmp_path / "run" / "on-policy.csv")[0]["flat_groups"] == "1.0"
@@ -1224,6 +1225,7 @@ def test_rewards_that_are_not_finite_are_reported(tmp_path, small, monkeypatch, 
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), 2, "out of memory ("),
     (RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"), 2, "--micro"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "--micro"),
+    (RuntimeError("DefaultCPUAllocator: not enough memory"), 2, "--micro"),
     (MemoryError(), 2, "--micro"), (KeyboardInterrupt(), 130, "interrupted")])
 def test_no_memory_and_ctrl_c_are_one_line(error, code, says, tmp_path, small, monkeypatch, capsys):
     monkeypatch.setattr(arcopo, "iterate", Mock(side_effect=error))
