@@ -687,7 +687,7 @@ def explore(model: Generator, method: Method, prompts: list[str], reward: Callab
     """
     P = method.prompts
     if P > len(prompts):
-        raise ValueError(f"prompts {P}: must be at most {len(prompts)}, as many as are given")
+        raise ValueError(f"prompts {P}: must be at most {len(prompts)}, the number given")
     chosen = [prompts[i] for i in torch.randperm(len(prompts), generator=rng)[:P]]
     pivot = int(torch.randint(model.chunks, (), generator=rng))                     # line 1
     noise = draw_noise(model, P, rng)
@@ -902,7 +902,7 @@ def write_csv(file: Path, rows: list[dict], mode: str = "w") -> None:
 def train(name: str, model: Generator, settings: Settings, lr: float, iteration: Callable,
           reward: Callable, folder: Path) -> Adapter:
     """Train an adapter, or continue from the checkpoint that every iteration ends with. A run that
-    is killed at any time and resumed ends as if it had not been. Writes NAME.csv. At step 0, every
+    is killed at any time and resumed ends as if it had run on. Writes NAME.csv. At step 0, every
     settings.judge_every steps and at the end it also writes the adapter to NAME/ and, from two
     clips of each judging prompt, a row of NAME-curve.csv. iteration(model, adapter, optimizer,
     rng=rng) -> a row of NAME.csv without step and seconds. Raises UserError if the rewards differed
@@ -1022,7 +1022,7 @@ def write_report(folder: Path, settings: Settings, clips: dict[str, Tensor], row
     report += (f"Clips of each {settings.judge_prompts} prompt: {settings.judge_samples}, on the "
                "same noise for all models. Δ: change from the\nbase ± standard error over prompts; "
                "mended, spoiled: of the base's wrong, right clips; area in px².\njudged.csv has "
-               f"all scores; models.gif: every third prompt; from top: {', '.join(shown)}.\n"
+               f"all scores.\nmodels.gif shows every third prompt; from top: {', '.join(shown)}.\n"
                f"{seconds / 60:.1f} minutes on {settings.device}"
                f"{' since --resume' if settings.resume else ''}.\n")
     write_csv(folder / "judged.csv", rows)
