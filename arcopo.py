@@ -61,6 +61,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from reward import (ASSETS, CHUNK_FRAMES, CHUNKS, JUDGE_PROMPTS, SIZE, TRAIN_PROMPTS, WORDS,
@@ -457,6 +458,7 @@ class Adapter:
         self.weights, self.alpha = weights, alpha
         self.rank = next(iter(weights.values()))[0].shape[0]
         self.applied = False
+        self.merged = {}                    # a weight keeps its place in memory (cuda_graphs)
 
     @classmethod
     def new(cls, model: nn.Module, rank: int, alpha: float,
@@ -506,9 +508,11 @@ class Adapter:
                     undo.enter_context(hook)
                 else:
                     undo.callback(parameters.update, weight=weight)
+                    kept = self.merged.get(name)                        # None at first
                     with torch.autocast(weight.device.type, enabled=False):
-                        merged = torch.addmm(weight, B, A, alpha=scale)
+                        merged = torch.addmm(weight, B, A, alpha=scale, out=kept)
                     parameters["weight"] = nn.Parameter(merged, requires_grad=False)
+                    self.merged[name] = merged
             yield model
 
     def save(self, folder: str | Path, model: nn.Module) -> None:
@@ -899,6 +903,39 @@ def write_csv(file: Path, rows: list[dict], mode: str = "w") -> None:
                 writer.writerow({name: "" if x != x else x for name, x in row.items()})
 
 
+@contextmanager
+def cuda_graphs(model: Generator, adapter: Adapter):
+    """A reader may skip this. Inside, on CUDA, predict and extend replay graphs of their kernels,
+    recorded at the first call for each shape, because launching the kernels of so small a model
+    takes longer than running them. No other adapter may be on, and the backward pass of a
+    prediction must come before the next prediction."""
+    if model.device.type != "cuda":
+        yield
+        return
+    graphs, pool, parameters = {}, torch.cuda.graph_pool_handle(), adapter.parameters()
+
+    def graphed(call: Callable, *inputs):                       # tensors, and a Context
+        shapes = tuple(x.shape for x in tree_leaves(inputs))
+        key = call, adapter.applied, torch.is_grad_enabled(), shapes
+        if key not in graphs:
+            example = tree_map(torch.clone, inputs)             # replays write to it
+            graphs[key] = torch.cuda.make_graphed_callables(
+                lambda *given: call(*given[: len(inputs)]), (*example, *parameters),
+                allow_unused_input=True, pool=pool)
+        return tree_map(torch.clone, graphs[key](*inputs, *parameters))
+
+    predict, extend = model.predict, model.extend
+    model.predict = lambda x_t, t, context: graphed(
+        predict, x_t, t if isinstance(t, Tensor) else x_t.new_full((len(x_t),), t), context)
+    model.extend = lambda context, x0: graphed(extend, context, x0)
+    with ExitStack() as undo:
+        for p in parameters:                                    # replays overwrite gradients
+            undo.callback(p.register_hook(torch.clone).remove)
+        undo.callback(delattr, model, "predict")
+        undo.callback(delattr, model, "extend")
+        yield
+
+
 def train(name: str, model: Generator, settings: Settings, lr: float, iteration: Callable,
           reward: Callable, folder: Path) -> Adapter:
     """Train an adapter, or continue from the checkpoint that every iteration ends with. A run that
@@ -924,7 +961,8 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
         curve = [row for row in saved["curve"] if judged(row["step"])]  # not the old last step
     write_csv(folder / f"{name}.csv", rows)
     write_csv(folder / f"{name}-curve.csv", curve)
-    with progress(total=settings.steps, initial=len(rows), desc=name, unit="it") as bar:
+    bar = progress(total=settings.steps, initial=len(rows), desc=name, unit="it")
+    with bar, cuda_graphs(model, adapter):
         for step in range(len(rows), settings.steps + 1):
             if step > len(rows):                    # not step 0, nor what the checkpoint has
                 began, rng = time.perf_counter(), seeded(seed, stream, step, *process)

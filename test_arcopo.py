@@ -571,6 +571,24 @@ def test_cuda_agrees_with_the_cpu(buffered):
         assert rows[0][name] == pytest.approx(rows[1][name], rel=0.05)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("micro", [0, 4])
+@pytest.mark.parametrize("buffered", [False, True])
+def test_cuda_graphs_change_no_number(buffered, micro, monkeypatch):
+    model, found = tiny().to("cuda"), []
+    buffer = tiny_buffer(model) if buffered else None
+    record = Mock(wraps=torch.cuda.make_graphed_callables)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    for graphed in (False, True):
+        adapter = nonzero(new_adapter(model))
+        with arcopo.cuda_graphs(model, adapter) if graphed else nullcontext():
+            rows = [iterated(model, adapter, buffer, step, micro=micro) for step in range(4)]
+        assert record.called == graphed
+        found.append((rows, torch.cat([p.data.flatten() for p in adapter.parameters()])))
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
+    assert not {"predict", "extend"} & vars(model).keys()
+
+
 @pytest.mark.skipif(torch.__version__ < "2.11" and not torch.cuda.is_available(),
                     reason="the fake GPU of older versions of torch needs a driver")
 @pytest.mark.parametrize("name", ["on-policy", "semi", "flow"])
