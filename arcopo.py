@@ -905,35 +905,33 @@ def write_csv(file: Path, rows: list[dict], mode: str = "w") -> None:
 
 @contextmanager
 def cuda_graphs(model: Generator, adapter: Adapter):
-    """A reader may skip this. Inside, on CUDA, predict and extend replay graphs of their kernels,
-    recorded at the first call for each shape, because launching the kernels of so small a model
-    takes longer than running them. No other adapter may be on, and the backward pass of a
-    prediction must come before the next prediction."""
-    if model.device.type != "cuda":
-        yield
-        return
+    """May be skipped. Inside, predict and extend replay CUDA graphs, recorded once for each shape:
+    a model this small takes longer to launch kernels than to run them. No other adapter may be on,
+    and a prediction's backward pass must come before the next prediction."""
     graphs, pool, parameters = {}, torch.cuda.graph_pool_handle(), adapter.parameters()
 
-    def graphed(call: Callable, *inputs):                       # tensors, and a Context
+    def graphed(call: Callable, *inputs):                           # tensors, and a Context
         shapes = tuple(x.shape for x in tree_leaves(inputs))
         key = call, adapter.applied, torch.is_grad_enabled(), shapes
         if key not in graphs:
-            example = tree_map(torch.clone, inputs)             # replays write to it
+            warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
+            example = tree_map(torch.clone, inputs)                 # each replay writes to it
             graphs[key] = torch.cuda.make_graphed_callables(
                 lambda *given: call(*given[: len(inputs)]), (*example, *parameters),
                 allow_unused_input=True, pool=pool)
         return tree_map(torch.clone, graphs[key](*inputs, *parameters))
 
-    predict, extend = model.predict, model.extend
+    predict = model.predict
     model.predict = lambda x_t, t, context: graphed(
         predict, x_t, t if isinstance(t, Tensor) else x_t.new_full((len(x_t),), t), context)
-    model.extend = lambda context, x0: graphed(extend, context, x0)
-    with ExitStack() as undo:
-        for p in parameters:                                    # replays overwrite gradients
-            undo.callback(p.register_hook(torch.clone).remove)
-        undo.callback(delattr, model, "predict")
-        undo.callback(delattr, model, "extend")
+    model.extend = partial(graphed, model.extend)
+    hooks = [p.register_hook(torch.clone) for p in parameters]      # a replay overwrites gradients
+    try:
         yield
+    finally:
+        del model.predict, model.extend
+        for hook in hooks:
+            hook.remove()
 
 
 def train(name: str, model: Generator, settings: Settings, lr: float, iteration: Callable,
@@ -962,7 +960,8 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
     write_csv(folder / f"{name}.csv", rows)
     write_csv(folder / f"{name}-curve.csv", curve)
     bar = progress(total=settings.steps, initial=len(rows), desc=name, unit="it")
-    with bar, cuda_graphs(model, adapter):
+    graphs = cuda_graphs(model, adapter) if model.device.type == "cuda" else nullcontext()
+    with bar, graphs:
         for step in range(len(rows), settings.steps + 1):
             if step > len(rows):                    # not step 0, nor what the checkpoint has
                 began, rng = time.perf_counter(), seeded(seed, stream, step, *process)
@@ -976,7 +975,8 @@ def train(name: str, model: Generator, settings: Settings, lr: float, iteration:
                 write_csv(folder / f"{name}-curve.csv", curve[-1:], "a")
             if judged(step) and RANK == 0:
                 adapter.save(folder / name, model)
-            save_whole({"parameters": adapter.parameters(), "optimizer": optimizer.state_dict(),
+            parameters = [p.detach() for p in adapter.parameters()]
+            save_whole({"parameters": parameters, "optimizer": optimizer.state_dict(),
                         "rows": rows, "curve": curve}, checkpoint)
             bar.set_postfix({what: f"{of[-1]['reward']:+.2f}" for what, of in
                              (("reward", rows), ("judged reward", curve)) if of})
