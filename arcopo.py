@@ -10,8 +10,8 @@ He et al., AR-CoPO: Align Autoregressive Video Generation with Contrastive Polic
 arXiv 2603.17461 ("the paper"), built on He et al., Neighbor GRPO, arXiv 2511.16955. The generator
 is a miniature of the one in Self-Forcing, arXiv 2506.08009; CLIP scores stand in for VideoAlign, a
 procedural judge for VBench (reward.py). The word "Departure" marks each place where this file
-differs from the paper; --help shows the paper's value of a setting. The method comes first, then
-the script that runs it.
+differs from the paper, but for defaults: --help shows the paper's. The method comes first, then the
+script that runs it.
 
 Symbol          in the paper      here
 L, p            Sec. 3.2          model.chunks; pivot, counted from 0 (from 1 in all output)
@@ -175,11 +175,12 @@ class Generator(nn.Module):
     Context is any object with repeat(times): row n becomes rows n * times to n * times + times - 1.
     Nothing writes to it, so the copies may share memory. An Adapter applies to nn.Linear layers.
 
-    A flow map predicts the average velocity u from t to the next time (predict looks it up in
-    `timesteps`); then flow = True, and predict returns x_t - t u. Chunks of unequal length are
-    padded to chunk_shape, and predict returns zeros for the padding (with flow = True its noise
-    still enters the distances, but no gradient does). Optional: `fingerprint`, a hash of the
-    weights, by which an adapter trained on other weights is refused.
+    A flow map predicts the average velocity u from t to the next time (predict looks for the one
+    nearest to t in `timesteps`, as t may be rounded to float32); then flow = True, and predict
+    returns x_t - t u. Chunks of unequal length are padded to chunk_shape, and predict returns zeros
+    for the padding (with flow = True its noise still enters the distances, but no gradient does).
+    Optional: `fingerprint`, a hash of the weights, by which an adapter trained on other weights is
+    refused.
     """
 
     chunk_shape, chunks = (CHUNK_FRAMES, 3, SIZE, SIZE), CHUNKS     # the paper: 7, of 3 latents
@@ -458,7 +459,7 @@ class Adapter:
         self.weights, self.alpha = weights, alpha
         self.rank = next(iter(weights.values()))[0].shape[0]
         self.applied = False
-        self.merged = {}                    # a weight keeps its place in memory (cuda_graphs)
+        self.merged = {}                    # {layer: where its merged weight goes}, cuda_graphs
 
     @classmethod
     def new(cls, model: nn.Module, rank: int, alpha: float,
@@ -508,12 +509,11 @@ class Adapter:
                     undo.enter_context(hook)
                 else:
                     undo.callback(parameters.update, weight=weight)
-                    kept = self.merged.get(name)                        # None at first
+                    place = self.merged.get(name)                       # None: a new tensor
                     with torch.autocast(weight.device.type, enabled=False):
-                        merged = torch.addmm(weight, B, A, alpha=scale, out=kept)
+                        merged = torch.addmm(weight, B, A, alpha=scale, out=place)
                     parameters["weight"] = nn.Parameter(merged, requires_grad=False)
-                    self.merged[name] = merged
-            yield model
+            yield
 
     def save(self, folder: str | Path, model: nn.Module) -> None:
         """In peft's format; the header of the weights has what the adapter was trained on."""
@@ -602,16 +602,16 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
     On-policy there are method.updates updates, and π_old is the policy before the first. buffered:
     the branches are the reference policy's (Sec. 3.3), which is π_old: one update, and the clip is
     the trust region around the reference. rewards [P, G]; no adapter may be on. J is a mean over
-    pairs, so its gradient is summed over slices of method.micro rows, and averaged over processes,
-    each with its own groups. Returns scalars, on the device:
+    pairs: its gradient is a sum over slices of at most method.micro rows. Each process has its own
+    groups; the gradients are averaged. Returns scalars, on the device:
 
     replay_error     mean |log π_old - log π of the rollout|, due to rounding alone if all is well
                      (in a buffer, to half precision)
     ratio_first      mean ρ at the first update; on-policy exactly 1
     clip_fraction    share of terms whose gradient the clip sets to zero, at the last update
     grad_norm        mean over updates
-    skipped          share of updates left out because their gradient was not finite (Departure);
-                     a prefix that is not finite, of one prompt, leaves out the update of all
+    skipped          share of updates left out because their gradient was not finite (Departure),
+                     for all prompts, even if the prefix of one alone is not finite
     """
     T, G = len(model.timesteps), rewards.shape[1]
     pairs = draw_pairs(T, G, method.anchors, rng).to(model.device)
@@ -638,7 +638,7 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
     for _ in range(1 if buffered else method.updates):
         optimizer.zero_grad()
         log_ratios = []
-        with adapter.on(model):     # backward too: activation checkpointing runs the model again
+        with adapter.on(model):     # also for backward: activation checkpointing runs the model
             parts = zip(slices, log_olds, pair_advantages.split(size, 1))
             for (steps, anchors), log_old, advantage in parts:
                 log_ratio = log_policy(steps, replay(model, branches, steps, anchors)) - log_old
@@ -925,11 +925,14 @@ def cuda_graphs(model: Generator, adapter: Adapter):
     model.predict = lambda x_t, t, context: graphed(
         predict, x_t, t if isinstance(t, Tensor) else x_t.new_full((len(x_t),), t), context)
     model.extend = partial(graphed, model.extend)
+    adapter.merged = {name: torch.empty_like(model.get_submodule(name).weight)
+                      for name in adapter.weights}                  # graphs read from there
     hooks = [p.register_hook(torch.clone) for p in parameters]      # a replay overwrites gradients
     try:
         yield
     finally:
         del model.predict, model.extend
+        adapter.merged = {}
         for hook in hooks:
             hook.remove()
 
@@ -1144,9 +1147,11 @@ def choose_device(name: str) -> str:
     if name == "cuda" and "LOCAL_RANK" in os.environ:           # set by torchrun
         name += ":" + os.environ["LOCAL_RANK"]
     try:
-        torch.empty(0, device=name)
+        device = torch.empty(0, device=name).device             # with its index
     except Exception as error:
         raise UserError(f"--device {name}: cannot be used ({error})") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)                           # CUDA graphs need the current one
     return name
 
 

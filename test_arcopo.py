@@ -574,13 +574,22 @@ def test_cuda_agrees_with_the_cpu(buffered):
 @pytest.mark.parametrize("micro", [0, 4])
 @pytest.mark.parametrize("buffered", [False, True])
 def test_cuda_graphs_change_no_number(buffered, micro, monkeypatch):
-    """On a CPU, what would be recorded runs as it is."""
-    device, record = "cuda", Mock(wraps=torch.cuda.make_graphed_callables)
-    if not torch.cuda.is_available():
-        device, record = "cpu", Mock(side_effect=lambda call, example, **more: call)
+    """On a CPU, what would be recorded runs again; hooks and places of weights must be as then."""
+    model, found = tiny(), []
+    state = lambda: ([p.data_ptr() for p in model.parameters()],
+                     [len(layer._forward_hooks) for layer in model.modules()])
+
+    def keep(call: Callable, example: tuple, **more) -> Callable:
+        recorded = state()
+        return lambda *inputs: call(*inputs) if state() == recorded else None
+
+    if torch.cuda.is_available():
+        record = Mock(wraps=torch.cuda.make_graphed_callables)
+        model.to("cuda")
+    else:
+        record = Mock(side_effect=keep)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", Mock())
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
-    model, found = tiny().to(device), []
     buffer = tiny_buffer(model) if buffered else None
     for graphed in (False, True):
         adapter = nonzero(new_adapter(model))

@@ -32,6 +32,6 @@ class PeftAdapter:
     def on(self, model: nn.Module):
         self.switch(True)
         try:
-            yield model
+            yield
         finally:
             self.switch(False)
