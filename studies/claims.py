@@ -41,6 +41,7 @@ RUNS = [
     Run("C2", "AR-CoPO, higher times", f"{ON} 60 --anchors 12 --lr 2e-4 {HIGHER}"),
     Run("C2", "SDE-GRPO, higher times", f"{SDE} 60 {HIGHER}"),
     Run("C3 C4 C5 C6", "recipe", RECIPE),
+    Run("C3 C6", "recipe, 200 iterations", RECIPE.replace("--steps 100", "--steps 200")),
     Run("C4 C6", "recipe, on-policy without TA", f"{RECIPE} --reward vq=1,mq=1"),
     Run("C4 C5", "TA alone", f"{ON} 100 --reward ta=1 --judge-every 10"),
     Run("C4 C5", "TA alone, 4 times the rate",

@@ -67,12 +67,13 @@ def curves():
 
 
 def tradeoff():
-    """C6: merged models and the scaled on-policy adapter, by s, of both recipes."""
+    """C6: merged models and the scaled on-policy adapter, by s, of each recipe."""
     columns = "reward", "judge", "all_right"
-    figure, plots = plt.subplots(2, 4, figsize=(16, 7.8), layout="constrained")
-    for row, (run, label) in zip(plots, (("recipe", "on-policy on TA and MQ"),
-                                         ("recipe, on-policy without TA",
-                                          "on-policy on VQ and MQ"))):
+    recipes = {"recipe": "on-policy on TA and MQ",
+               "recipe, 200 iterations": "the same, 200 iterations",
+               "recipe, on-policy without TA": "on-policy on VQ and MQ"}
+    figure, plots = plt.subplots(3, 4, figsize=(16, 11.4), layout="constrained")
+    for row, (run, label) in zip(plots, recipes.items()):
         rows = rows_of("results.csv", run=run)
         base = [r for r in rows if r["model"] == "base"]
         merged = [r | {"s": r["model"].partition("= ")[2] or "0"} for r in rows
