@@ -543,7 +543,7 @@ class Adapter:
         except Exception as error:      # safetensors has exceptions of its own
             others = [str(path.parent) for path in Path(folder).glob(f"*/{file.name}")]
             hint = f"; there are {', '.join(others)}" if others else ""
-            raise UserError(f"--adapter {folder}: not an adapter of this model ({error!r}){hint}"
+            raise UserError(f"--adapter {folder}: has no adapter of this model ({error!r}){hint}"
                             ) from error
         for name, value in trained_on(model).items():
             if record.get(name) != value:
@@ -846,8 +846,8 @@ class Settings(Method):
     timesteps: tuple = option((), "sampler times, falling from 1, as 1,0.5,0.25,0.1 [the base's]")
     seed: int = option(0, "seed of training, sampling and judging")
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto is cuda if there is one")
-    reward: str = option("ta=3,mq=1", "weights of ta, vq, mq (text alignment, visual, motion "
-                         "quality) and of module:function, your own", "VideoAlign's, 1 each")
+    reward: str = option("ta=3,mq=1", "NAME=WEIGHT,...: of ta, vq, mq (text alignment, visual, "
+                         "motion quality) and module:function, your own", "VideoAlign's, 1 each")
     clip: str = option("", "open_clip model of ta, vq, mq: a folder, ARCH:FILE or ARCH:TAG, as "
                        "ViT-B-32:laion2b_s34b_b79k [assets/clip]")
     judge_prompts: str = option("held-out", "prompts of the judged clips; training: 24 training "
