@@ -1286,7 +1286,7 @@ def test_a_stdout_that_was_closed_is_no_error(tmp_path, base, monkeypatch, capsy
     ("--clip ViT-B-32:pickled.pt --reward ta=1", "open_clip"), ("--base pickled.pt", "--base"),
     ("--base none", "--base"), ("--base old", "--base"), ("--sample EMPTY", "--sample: is empty"),
     ("--sample purple", "COLOUR one of red"), ("--sample PROMPT --out clip.png", "a .gif file"),
-    ("--out pickled.pt/run", "pickled.pt"), ("--sample PROMPT --adapter broken", "not an adapter")])
+    ("--out pickled.pt/run", "pickled.pt"), ("--sample PROMPT --adapter broken", "no adapter of")])
 def test_bad_input_is_one_line_and_writes_nothing(line, says, tmp_path, small, capsys, monkeypatch):
     """Also weights that are a pickle, which is not loaded."""
     class Runs:
