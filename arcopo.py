@@ -1308,7 +1308,8 @@ def exit_code(error: BaseException, folder: str = "") -> int:
     message, code = str(error), 2
     if isinstance(error, KeyboardInterrupt):
         message, code = "interrupted", 130
-    elif re.search("(out of|enough|allocate) memory|MemoryError|alloc_failed", repr(error), re.I):
+    elif re.search("(out of|enough|allocate) memory|MemoryError|alloc_failed",
+                   repr((error, error.__context__)), re.I):     # CUDA graphs may add an error
         message = f"out of memory ({message}); set a small --micro, also when you resume"
     elif not isinstance(error, (UserError, OSError)):
         raise error

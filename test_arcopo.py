@@ -1251,7 +1251,12 @@ def test_rewards_that_are_not_finite_are_reported(tmp_path, small, monkeypatch, 
     assert last.startswith("arcopo: scores of base, on-policy are not finite (")
 
 
+IN_A_GRAPH = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+IN_A_GRAPH.__context__ = torch.OutOfMemoryError("CUDA out of memory.")
+
+
 @pytest.mark.parametrize("error, code, says", [
+    (IN_A_GRAPH, 2, "--micro"),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), 2, "out of memory ("),
     (RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"), 2, "--micro"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "--micro"),
