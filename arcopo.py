@@ -10,8 +10,8 @@ He et al., AR-CoPO: Align Autoregressive Video Generation with Contrastive Polic
 arXiv 2603.17461 ("the paper"), built on He et al., Neighbor GRPO, arXiv 2511.16955. The generator
 is a miniature of the one in Self-Forcing, arXiv 2506.08009; CLIP scores stand in for VideoAlign, a
 procedural judge for VBench (reward.py). The word "Departure" marks each place where this file
-differs from the paper, but for defaults: --help shows the paper's. The method comes first, then the
-script that runs it.
+differs from the paper, except in defaults; --help shows the paper's values. The method comes first,
+then the script that runs it.
 
 Symbol          in the paper      here
 L, p            Sec. 3.2          model.chunks; pivot, counted from 0 (from 1 in all output)
@@ -459,7 +459,7 @@ class Adapter:
         self.weights, self.alpha = weights, alpha
         self.rank = next(iter(weights.values()))[0].shape[0]
         self.applied = False
-        self.merged = {}                    # {layer: where its merged weight goes}, cuda_graphs
+        self.merged = {}        # {layer: the tensor for its merged weight}, set by cuda_graphs
 
     @classmethod
     def new(cls, model: nn.Module, rank: int, alpha: float,
@@ -602,16 +602,16 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
     On-policy there are method.updates updates, and π_old is the policy before the first. buffered:
     the branches are the reference policy's (Sec. 3.3), which is π_old: one update, and the clip is
     the trust region around the reference. rewards [P, G]; no adapter may be on. J is a mean over
-    pairs: its gradient is a sum over slices of at most method.micro rows. Each process has its own
-    groups; the gradients are averaged. Returns scalars, on the device:
+    pairs; its gradient is summed over slices of the pairs, whose size method.micro limits. Each
+    process has its own groups; the gradients are averaged. Returns scalars, on the device:
 
     replay_error     mean |log π_old - log π of the rollout|, due to rounding alone if all is well
                      (in a buffer, to half precision)
     ratio_first      mean ρ at the first update; on-policy exactly 1
     clip_fraction    share of terms whose gradient the clip sets to zero, at the last update
     grad_norm        mean over updates
-    skipped          share of updates left out because their gradient was not finite (Departure),
-                     for all prompts, even if the prefix of one alone is not finite
+    skipped          share of updates left out because their gradient was not finite (Departure);
+                     one prefix that is not finite leaves out the update of all prompts
     """
     T, G = len(model.timesteps), rewards.shape[1]
     pairs = draw_pairs(T, G, method.anchors, rng).to(model.device)
@@ -638,7 +638,7 @@ def update(model: Generator, adapter: Adapter, optimizer: torch.optim.Optimizer,
     for _ in range(1 if buffered else method.updates):
         optimizer.zero_grad()
         log_ratios = []
-        with adapter.on(model):     # also for backward: activation checkpointing runs the model
+        with adapter.on(model):     # for backward too: activation checkpointing predicts there
             parts = zip(slices, log_olds, pair_advantages.split(size, 1))
             for (steps, anchors), log_old, advantage in parts:
                 log_ratio = log_policy(steps, replay(model, branches, steps, anchors)) - log_old
@@ -905,9 +905,9 @@ def write_csv(file: Path, rows: list[dict], mode: str = "w") -> None:
 
 @contextmanager
 def cuda_graphs(model: Generator, adapter: Adapter):
-    """May be skipped. Inside, predict and extend replay CUDA graphs, recorded once for each shape:
-    a model this small takes longer to launch kernels than to run them. No other adapter may be on,
-    and a prediction's backward pass must come before the next prediction."""
+    """A speed-up that a reader may skip. Inside, predict and extend replay CUDA graphs, recorded
+    once for each shape, because a model this small takes longer to launch kernels than to run them.
+    No other adapter may be on. A prediction's backward pass must precede the next prediction."""
     graphs, pool, parameters = {}, torch.cuda.graph_pool_handle(), adapter.parameters()
 
     def graphed(call: Callable, *inputs):                           # tensors, and a Context
@@ -926,8 +926,8 @@ def cuda_graphs(model: Generator, adapter: Adapter):
         predict, x_t, t if isinstance(t, Tensor) else x_t.new_full((len(x_t),), t), context)
     model.extend = partial(graphed, model.extend)
     adapter.merged = {name: torch.empty_like(model.get_submodule(name).weight)
-                      for name in adapter.weights}                  # graphs read from there
-    hooks = [p.register_hook(torch.clone) for p in parameters]      # a replay overwrites gradients
+                      for name in adapter.weights}                  # the graphs read these
+    hooks = [p.register_hook(torch.clone) for p in parameters]      # replays overwrite gradients
     try:
         yield
     finally:

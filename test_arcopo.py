@@ -574,7 +574,7 @@ def test_cuda_agrees_with_the_cpu(buffered):
 @pytest.mark.parametrize("micro", [0, 4])
 @pytest.mark.parametrize("buffered", [False, True])
 def test_cuda_graphs_change_no_number(buffered, micro, monkeypatch):
-    """On a CPU, what would be recorded runs again; hooks and places of weights must be as then."""
+    """On a CPU, calls run again instead of a graph, which needs the same hooks and addresses."""
     model, found = tiny(), []
     state = lambda: ([p.data_ptr() for p in model.parameters()],
                      [len(layer._forward_hooks) for layer in model.modules()])
