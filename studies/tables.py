@@ -85,7 +85,6 @@ README = {"base": "base", "semi": "semi", "merged, s = 0.4": "s = 0.4",
           "on-policy x 0.8": "on-policy x 0.8"}
 RECIPE = ("base", "semi", "s = 0.4", "s = 1", "s = 2", "on-policy x 0.4", "on-policy",
           "on-policy x 2")
-LONGER = "s = 0.4", "s = 1", "s = 2", "on-policy x 0.6", "on-policy x 2"
 BASELINE = {"AR-CoPO": ("AR-CoPO", "on-policy"),
             "SDE-GRPO": ("SDE-GRPO", "sde-grpo"),
             "AR-CoPO, higher times": ("AR-CoPO, higher times", "on-policy"),
@@ -193,8 +192,6 @@ TABLES = {
                       {label: ("recipe", model) for label, model in README.items()}),
     "recipe": partial(scores, "reward, ta, judge, all_right",
                       {model: ("recipe", model) for model in RECIPE}),
-    "longer": partial(scores, "Δ reward, Δ judge, Δ all_right, Δ area",
-                      {model: ("recipe, 200 iterations", model) for model in LONGER}),
     "bases": partial(scores, "all_right, colour, shape, direction, visual", BASES),
     "baseline": partial(scores, "Δ reward, Δ judge, Δ all_right, Δ area", BASELINE),
     "text_alone": partial(scores, "Δ ta, Δ judge, Δ area", TEXT_ALONE),
