@@ -44,7 +44,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -702,22 +702,21 @@ def explore(model: Generator, method: Method, prompts: list[str], reward: Callab
 
 
 def collect_buffer(model: Generator, method: Method, prompts: list[str], reward: Callable,
-                   rngs: Iterable[torch.Generator]) -> list[dict]:
-    """The buffer (Sec. 3.3): the groups of one call of explore for each of `rngs`. The reference
-    policy must explore, so no adapter may be on.
+                   rng: torch.Generator) -> list[dict]:
+    """P = method.prompts groups for the buffer (Sec. 3.3), which is a list of as many as wanted.
+    The reference policy must explore, so no adapter may be on.
 
     A group is {"prompt": str, "scores": {"reward": [G], ...} and, in half precision, "prefix"
     [pivot, *chunk_shape], "states", "candidates" [T, G, *chunk_shape]}, in CPU memory.
     """
-    buffer = []
-    for rng in rngs:
-        branches, scores = explore(model, method, prompts, reward, rng)
-        for i, prompt in enumerate(branches.prompts):
-            tensors = {name: getattr(branches, name)[i].half().cpu()
-                       for name in ("prefix", "states", "candidates")}
-            rewards = {name: x[i].clone().cpu() for name, x in scores.items()}  # no views: saved
-            buffer.append({"prompt": prompt, "scores": rewards} | tensors)
-    return buffer
+    branches, scores = explore(model, method, prompts, reward, rng)
+    groups = []
+    for i, prompt in enumerate(branches.prompts):
+        tensors = {name: getattr(branches, name)[i].half().cpu()
+                   for name in ("prefix", "states", "candidates")}
+        rewards = {name: x[i].clone().cpu() for name, x in scores.items()}      # no views: saved
+        groups.append({"prompt": prompt, "scores": rewards} | tensors)
+    return groups
 
 
 @torch.no_grad()
@@ -1254,13 +1253,11 @@ def run(settings: Settings) -> None:
                                       folder)
     if settings.method in ("recipe", "semi"):
         file = folder / "buffer.pt"
-        if file.exists():
-            buffer = torch.load(file, weights_only=True)
-        else:
-            firsts = range(0, settings.buffer_groups, settings.prompts)
-            rngs = (seeded(settings.seed, "buffer", first)
-                    for first in progress(firsts, "buffer", unit="batch"))
-            buffer = collect_buffer(model, settings, TRAIN_PROMPTS, buffer_reward, rngs)
+        buffer = torch.load(file, weights_only=True) if file.exists() else []
+        for first in progress(range(len(buffer), settings.buffer_groups, settings.prompts),
+                              "buffer", unit="batch"):
+            rng = seeded(settings.seed, "buffer", first)
+            buffer += collect_buffer(model, settings, TRAIN_PROMPTS, buffer_reward, rng)
             buffer = buffer[: settings.buffer_groups]
             save_whole(buffer, file)
         method = replace(settings, tau=settings.buffer_tau)

@@ -82,7 +82,8 @@ def brightness(clips: Tensor, prompts: list[str]) -> dict[str, Tensor]:
 
 
 def tiny_buffer(model: nn.Module, reward: Callable = brightness) -> list[dict]:
-    return collect_buffer(model, tiny_method(), TRAIN_PROMPTS, reward, map(seeded, range(3)))
+    collect = partial(collect_buffer, model, tiny_method(), TRAIN_PROMPTS, reward)
+    return [group for seed in range(3) for group in collect(seeded(seed))]
 
 
 @pytest.mark.parametrize("name, values", [
@@ -1048,7 +1049,7 @@ def killed(main: Callable, line: list, place, name: str, call: int) -> None:
     ("on-policy", os, "replace", 2), ("on-policy", arcopo, "save_whole", 1),
     ("on-policy", arcopo, "save_whole", 2), ("on-policy", arcopo, "save_file", 2),
     ("on-policy", arcopo, "iterate", 3), ("on-policy", arcopo, "write_report", 1),
-    ("recipe", arcopo, "save_whole", 5), ("recipe", arcopo, "save_whole", 7),
+    ("recipe", arcopo, "save_whole", 6), ("recipe", arcopo, "save_whole", 8),
     ("recipe", arcopo, "write_report", 1)])
 def test_a_killed_run_ends_as_if_it_never_was(kind, place, name, call, tmp_path, small, whole):
     line = [*LINES[kind], "--steps", 3, "--base", small, "--out", tmp_path / "run"]
