@@ -703,7 +703,7 @@ def explore(model: Generator, method: Method, prompts: list[str], reward: Callab
 
 def collect_buffer(model: Generator, method: Method, prompts: list[str], reward: Callable,
                    rng: torch.Generator) -> list[dict]:
-    """P = method.prompts groups for the buffer (Sec. 3.3), which is a list of as many as wanted.
+    """P = method.prompts groups for the buffer (Sec. 3.3), a list that many calls fill together.
     The reference policy must explore, so no adapter may be on.
 
     A group is {"prompt": str, "scores": {"reward": [G], ...} and, in half precision, "prefix"
@@ -886,6 +886,7 @@ def seeded(seed: int, *stream: str | int) -> torch.Generator:
 def save_whole(content, file: Path) -> None:
     """torch.save, all or nothing: whatever ends the process leaves the old file or the new one."""
     if RANK == 0:
+        file.parent.mkdir(exist_ok=True)
         part = file.with_name(file.name + ".part")
         torch.save(content, part)
         os.replace(part, file)
@@ -1252,14 +1253,17 @@ def run(settings: Settings) -> None:
         adapters["on-policy"] = train("on-policy", model, settings, settings.lr, iteration, reward,
                                       folder)
     if settings.method in ("recipe", "semi"):
-        file = folder / "buffer.pt"
-        buffer = torch.load(file, weights_only=True) if file.exists() else []
-        for first in progress(range(len(buffer), settings.buffer_groups, settings.prompts),
-                              "buffer", unit="batch"):
-            rng = seeded(settings.seed, "buffer", first)
-            buffer += collect_buffer(model, settings, TRAIN_PROMPTS, buffer_reward, rng)
-            buffer = buffer[: settings.buffer_groups]
-            save_whole(buffer, file)
+        buffer, firsts = [], range(0, settings.buffer_groups, settings.prompts)
+        for first in progress(firsts, "buffer", unit="batch"):
+            file = folder / "buffer" / f"{first}.pt"
+            if file.exists():
+                groups = torch.load(file, weights_only=True)
+            else:
+                rng = seeded(settings.seed, "buffer", first)
+                groups = collect_buffer(model, settings, TRAIN_PROMPTS, buffer_reward, rng)
+                groups = groups[: settings.buffer_groups - first]
+                save_whole(groups, file)
+            buffer += groups
         method = replace(settings, tau=settings.buffer_tau)
         iteration = partial(iterate_buffered, method=method, buffer=buffer)
         adapters["semi"] = train("semi", model, settings, settings.buffer_lr, iteration, reward,

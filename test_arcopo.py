@@ -955,7 +955,7 @@ def recipe(tmp_path_factory, base) -> tuple[Path, str]:
 def test_the_recipe_writes_what_the_readme_says(recipe, base):
     folder, out = recipe
     names = [name + end for name in ("on-policy", "semi") for end in (".csv", "-curve.csv", "")]
-    assert left(folder) == LEFT | {*names, "buffer.pt", "merged"}
+    assert left(folder) == LEFT | {*names, "buffer", "merged"}
     rows = read(folder / "on-policy.csv")
     columns = ("step reward ta mq not_finite deviation flat_groups replay_error "
                "ratio_first clip_fraction grad_norm skipped seconds")
@@ -969,7 +969,8 @@ def test_the_recipe_writes_what_the_readme_says(recipe, base):
     saved = json.loads((folder / "settings.json").read_text())
     assert saved["settings"]["base"] == str(base)
     mean, std = saved["reward_scales"]["ta"]                            # the buffer: of TA alone
-    buffer = torch.load(folder / "buffer.pt", weights_only=True)
+    buffer = [group for first in (0, 2)
+              for group in torch.load(folder / "buffer" / f"{first}.pt", weights_only=True)]
     for scores in (group["scores"] for group in buffer):
         assert torch.allclose(scores["reward"], (scores["ta"] - mean) / std)
     assert len(buffer) == 3 and iio.imread(folder / "models.gif").shape[0] == 12
@@ -1207,7 +1208,7 @@ def test_a_buffered_method_runs_alone_also_with_a_flow_model(tmp_path, small):
     flow, out = tmp_path / "flow.safetensors", tmp_path / "run"
     pretrain.save_generator(little(flow=True), flow)
     assert arcopo.main([*SEMI, "--method", "semi", "--steps", 1, "--base", flow, "--out", out]) == 0
-    assert left(out) == LEFT | {"semi", "semi.csv", "semi-curve.csv", "buffer.pt"}
+    assert left(out) == LEFT | {"semi", "semi.csv", "semi-curve.csv", "buffer"}
     assert [row["model"] for row in read(out / "judged.csv")] == ["base", "semi"]
 
 
